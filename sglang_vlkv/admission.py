@@ -1,0 +1,57 @@
+"""Room for the kept rows, reserved when a request is admitted."""
+
+from __future__ import annotations
+
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+from sglang_vlkv.radix import ExactRadixCache
+
+
+class ReservingPrefillAdder(PrefillAdder):
+    """Admits a request only where its kept rows will find room too.
+
+    A compaction gives back what the request computed itself. A prefix that it found in the tree
+    may be locked by others and then frees nothing, so the kept rows are charged where they exceed
+    the computed part.
+    """
+
+    tree_cache: ExactRadixCache
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # Between its chunks a request's published part can be locked by others as well.
+        self._pending = sum(
+            state.plan.max_slots
+            for state in self.tree_cache.requests.holders()
+            if state.pending
+        )
+        self._charge(self._pending)
+
+    def _charge(self, num_slots: int) -> None:
+        self.memory_budget.total_offset += num_slots
+        self.memory_budget.current_offset += num_slots
+
+    def add_chunked_req(self, req: Req):
+        """A next chunk is not held up by reservations: only its end frees anything."""
+        self._charge(-self._pending)
+        try:
+            return super().add_chunked_req(req)
+        finally:
+            self._charge(self._pending)
+
+    def add_one_req(self, req: Req, *args, **kwargs):
+        if req in self.tree_cache.compactor.resting:
+            return AddReqResult.OTHER
+        return super().add_one_req(req, *args, **kwargs)
+
+    def _request_slot_reserve_for_req(
+        self, req: Req, *, extend_input_len: int | None = None
+    ) -> int:
+        """Upstream's seam for what a request needs beside its new tokens."""
+        reserve = super()._request_slot_reserve_for_req(req, extend_input_len=extend_input_len)
+        plan = self.tree_cache.state_of(req).plan
+        if plan.left_alone or req.kv.holds_kv:
+            return reserve
+        computed = len(req.full_untruncated_fill_ids) - req.prefix_len
+        return reserve + max(0, plan.max_slots - computed)

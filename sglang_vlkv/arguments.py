@@ -1,0 +1,66 @@
+"""The server's arguments: our flags on SGLang's parser, ServerArgs and resolution."""
+
+from __future__ import annotations
+
+from sglang_vlkv import config
+
+
+def add_flags(_result, parser) -> None:
+    """After ``ServerArgs.add_cli_args``."""
+    config.add_flags(parser)
+
+
+def keep_flags(server_args, _cls, args):
+    """After ``ServerArgs.from_cli_args``."""
+    return _carry(server_args, {name: getattr(args, name, value) for name, value in config.DEFAULTS.items()})
+
+
+class EngineServerArgs:
+    """Stands for ``Engine.server_args_class``: takes our keyword arguments beside SGLang's."""
+
+    def __call__(self, **kwargs):
+        from sglang.srt.server_args import ServerArgs
+
+        ours = {name: kwargs.pop(name, value) for name, value in config.DEFAULTS.items()}
+        return _carry(ServerArgs(**kwargs), ours)
+
+
+def _carry(server_args, values: dict):
+    """Sets ``values`` on ``server_args``; they survive pickling to SGLang's processes."""
+    for name, value in values.items():
+        setattr(server_args, name, value)
+    return server_args
+
+
+def register_resolution() -> None:
+    """Adds our part to the resolution of server arguments, which runs before anything loads."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    register_resolution_hook("handle_attention_backend_compatibility")(_choose_attention_backend)
+    register_resolution_hook("handle_other_validations")(_validate)
+
+
+def _choose_attention_backend(server_args, previous) -> None:
+    """Where the operator named no backend, SGLang would pick one for the hardware."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    cfg = resolving_view(server_args)
+    if config.policy_of(server_args) and not any(getattr(cfg, name) for name in named):
+        declare_resolution(server_args, "sglang_vlkv", attention_backend="torch_native")
+    previous(server_args)
+
+
+def _validate(server_args, previous) -> None:
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    from sglang_vlkv.radix import BACKEND
+    from sglang_vlkv.validation import refuse
+
+    previous(server_args)
+    policy = config.policy_of(server_args)
+    if policy is None:
+        return
+    refuse(resolving_view(server_args), model_config_of(server_args))
+    declare_resolution(server_args, "sglang_vlkv", radix_cache_backend=BACKEND)

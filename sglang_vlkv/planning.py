@@ -1,0 +1,65 @@
+"""Reading a request: its modality spans, and what the policy will do to its prompt."""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.multimodal.modality import Modality as SglangModality
+
+from sglang_vlkv.base import Modality, Policy, Prompt
+from sglang_vlkv.requests import Plan
+
+_MODALITIES = {
+    SglangModality.IMAGE: Modality.IMAGE,
+    SglangModality.VIDEO: Modality.VIDEO,
+    SglangModality.AUDIO: Modality.AUDIO,
+}
+
+
+class Planner:
+    """Plans requests for one policy and one model.
+
+    Args:
+        policy: the server's policy.
+        num_layers: L of the whole model.
+        special_ids: token ids of the chat template and its delimiters.
+        end_of_turn_ids: token ids that end a chat message.
+    """
+
+    def __init__(
+        self, policy: Policy, num_layers: int, special_ids: set[int], end_of_turn_ids: set[int]
+    ) -> None:
+        self.policy = policy
+        self._num_layers = num_layers
+        self._special = torch.tensor(sorted(special_ids), dtype=torch.int64)
+        self._end_of_turn = torch.tensor(sorted(end_of_turn_ids), dtype=torch.int64)
+
+    def read_prompt(self, req: Req) -> Prompt:
+        """Tags every prompt position of ``req``, placeholders expanded, outputs left out."""
+        ids = torch.tensor(req.origin_input_ids, dtype=torch.int64)
+        tags = torch.full_like(ids, Modality.TEXT, dtype=torch.uint8)
+        tags[torch.isin(ids, self._special)] = Modality.SYSTEM
+        for item in req.multimodal_inputs.mm_items if req.multimodal_inputs else ():
+            modality = _MODALITIES[item.modality]
+            for start, end in item.offsets or ():
+                tags[start : end + 1] = modality
+        ends = torch.isin(ids, self._end_of_turn).nonzero().flatten().tolist()
+        # The last message of a chat is closed too, so the newest turn follows the one before it.
+        return Prompt(tags, last_turn=ends[-2] + 1 if len(ends) > 1 else 0)
+
+    def plan(self, req: Req) -> Plan:
+        """Decides, before the prefill and from the request alone, what becomes of its prompt."""
+        prompt, policy = self.read_prompt(req), self.policy
+        n = prompt.num_tokens
+        max_slots = -(-policy.max_total(n, self._num_layers) // self._num_layers)
+        reason = ""
+        if not prompt.num_visual:
+            reason = "no image or video"
+        elif n < policy.min_prompt_tokens:
+            reason = f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
+        elif max_slots >= n and not policy.compact_always:
+            reason = "the budget keeps every row"
+        elif req.beam_group is not None:
+            reason = "beam search"
+        return Plan(prompt, reason, 0 if reason else policy.num_voting(prompt), max_slots)
+

@@ -1,0 +1,207 @@
+"""The one place that touches SGLang: every door and hook, and the upstream symbol behind it.
+
+SGLang calls :func:`register` in every process, before arguments are parsed, and logs and swallows
+what it raises. A plugin that failed there would serve uncompressed and look healthy, so everything
+that can be missing is checked here and ends the process, and the scheduler checks once more that
+it runs what was registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import pkgutil
+from importlib.metadata import version
+from typing import Callable, NamedTuple
+
+from sglang_vlkv import SUPPORTED_SGLANG, __version__
+
+logger = logging.getLogger(__name__)
+
+AFTER, AROUND, BEFORE = "after", "around", "before"
+
+
+class Hook(NamedTuple):
+    """A patch of one upstream function.
+
+    Attributes:
+        target: dotted name of the upstream symbol.
+        kind: when ours runs.
+        ours: ``module:name`` in this package, imported when it is first called.
+        parameters: the upstream parameters that ours relies on.
+        why: what ours does there.
+    """
+
+    target: str
+    kind: str
+    ours: str
+    parameters: tuple[str, ...]
+    why: str
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.server_args.ServerArgs.add_cli_args", AFTER,
+        "sglang_vlkv.arguments:add_flags", ("parser",),
+        "the --kv-* flags",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.from_cli_args", AFTER,
+        "sglang_vlkv.arguments:keep_flags", ("cls", "args"),
+        "their values ride on ServerArgs to every process",
+    ),
+    Hook(
+        "sglang.srt.platforms.interface.SRTPlatform.get_kv_pool_cls", AFTER,
+        "sglang_vlkv.wiring:pool_class", ("self", "kind"),
+        "the pool of cells",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.__init__", AFTER,
+        "sglang_vlkv.wiring:arm", ("self", "server_args"),
+        "planner and compactor, once the scheduler has a tokenizer",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_init_info", AFTER,
+        "sglang_vlkv.wiring:report_armed", ("self",),
+        "/server_info says what the scheduler runs",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler._should_defer_prefill", BEFORE,
+        "sglang_vlkv.wiring:compact", ("self", "running_batch"),
+        "the moment between a prefill's merge and the next admission, in every path to a decode",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class", AFTER,
+        "sglang_vlkv.wiring:adder_class", ("self",),
+        "reserves room for the kept rows",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class", AFTER,
+        "sglang_vlkv.wiring:streamer_class", ("self",),
+        "sends the report",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", AFTER,
+        "sglang_vlkv.frontend:validate_request", ("self", "obj", "input_ids"),
+        "bad custom_params are an HTTP 400",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info", AROUND,
+        "sglang_vlkv.frontend:receive_report",
+        ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
+        "meta_info holds the report as an object; the store keeps it",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server", BEFORE,
+        "sglang_vlkv.frontend:add_routes", ("server_args",),
+        "GET /kv_policy/requests/{id}",
+    ),
+)
+
+# Upstream symbols that are called or subclassed, with the parameters relied on.
+USES = {
+    "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook": ("name",),
+    "sglang.srt.arg_groups.overrides.declare_resolution": ("server_args", "source", "fields"),
+    "sglang.srt.arg_groups.overrides.resolving_view": ("server_args",),
+    "sglang.srt.arg_groups.model_override_base.model_config_of": ("server_args",),
+    "sglang.srt.layers.attention.attention_registry.register_attention_backend": ("name",),
+    "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS": (),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": ("self", "forward_batch"),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal": ("self",),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._kv_buffer_shapes": ("self",),
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer": ("self", "layer", "loc_info", "cache_k", "cache_v"),
+    "sglang.srt.mem_cache.registry.register_radix_cache_backend": ("name", "factory"),
+    "sglang.srt.mem_cache.registry.create_unified_radix_cache": ("ctx", "cache_class"),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint": ("self", "req", "up_to"),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.swa_reprefill_tail_tokens": ("self", "req"),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.maybe_hand_to_session": ("self", "req"),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": ("self", "req", "checkpointed"),
+    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.unlock": ("self", "lock"),
+    "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.free_kv_row": ("self", "kv", "ranges"),
+    "sglang.srt.mem_cache.common.evict_from_tree_cache": ("tree_cache", "num_tokens"),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.release_req": ("self", "idx", "remaing_req_count"),
+    "sglang.srt.managers.schedule_batch.ScheduleBatch.filter_batch": ("self", "keep_indices"),
+    "sglang.srt.managers.schedule_batch.Req.next_output_finishes_by_length": ("self",),
+    "sglang.srt.managers.scheduler.Scheduler._reqs_finishing_inflight": ("self", "batch"),
+    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": ("self", "req", "is_retracted"),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": ("self", "req"),
+    "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": ("self", "req"),
+    "sglang.srt.managers.schedule_policy.PrefillAdder._request_slot_reserve_for_req": ("self", "req", "extend_input_len"),
+    "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.build_additional_customized_info": ("self", "reqs"),
+    "sglang.srt.entrypoints.engine.Engine.server_args_class": (),
+}
+
+
+def register() -> None:
+    """Entry point of group ``sglang.srt.plugins``.
+
+    Raises:
+        SystemExit: the installed SGLang is not the one this version was built for.
+    """
+    problems = mismatches()
+    if problems:
+        raise SystemExit(
+            f"sglang_vlkv {__version__} is built for SGLang {SUPPORTED_SGLANG} and does not fit the "
+            f"installed {version('sglang')}:\n  " + "\n  ".join(problems) + "\n"
+            f"Install it with: pip install 'sglang=={SUPPORTED_SGLANG}' -- or leave this plugin out "
+            "with SGLANG_PLUGINS set to the names of the others."
+        )
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sglang_vlkv import arguments, wiring
+
+    for hook in HOOKS:
+        HookRegistry.register(hook.target, _lazy(hook.ours), HookType(hook.kind))
+    # Engine's own override point. Not a REPLACE hook: that would replace ServerArgs everywhere.
+    pkgutil.resolve_name("sglang.srt.entrypoints.engine.Engine").server_args_class = (
+        arguments.EngineServerArgs()
+    )
+    arguments.register_resolution()
+    wiring.register_backends()
+
+
+def mismatches() -> list[str]:
+    """What is expected of the installed SGLang and not found, a sentence each."""
+    installed = version("sglang")
+    if installed != SUPPORTED_SGLANG:
+        return [f"expected sglang {SUPPORTED_SGLANG}, found {installed}"]
+    expected = {hook.target: hook.parameters for hook in HOOKS} | USES
+    return [problem for target, names in expected.items() if (problem := _mismatch(target, names))]
+
+
+def _mismatch(target: str, parameters: tuple[str, ...]) -> str:
+    try:
+        symbol = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        return f"expected {target}, found none ({error})"
+    if not parameters:
+        return ""
+    symbol = inspect.unwrap(symbol)
+    found = list(inspect.signature(getattr(symbol, "__func__", symbol)).parameters)
+    missing = [name for name in parameters if name not in found]
+    if not missing:
+        return ""
+    return f"expected {target} to take {', '.join(missing)}, found ({', '.join(found)})"
+
+
+def hooks_missing() -> list[str]:
+    """Targets that SGLang's hook applier did not patch; it logs its failures and goes on."""
+    return [
+        hook.target
+        for hook in HOOKS
+        if not hasattr(pkgutil.resolve_name(hook.target), "__wrapped__")
+    ]
+
+
+def _lazy(ours: str) -> Callable:
+    """Calls ``module:name``, importing the module at the first call."""
+    module, name = ours.split(":")
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    return call

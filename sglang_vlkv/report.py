@@ -1,0 +1,106 @@
+"""What happened to a request's KV, for whoever asked: the report in every response."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+from sglang_vlkv.base import Modality
+from sglang_vlkv.config import NONE
+from sglang_vlkv.radix import ExactRadixCache
+from sglang_vlkv.requests import RequestState
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+KEY = "kv_policy"  # in meta_info
+OPTION = "kv_report"  # in custom_params
+POSITIONS = "positions"  # the one value of OPTION
+
+
+def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
+    """The report of a request that ended, as JSON values.
+
+    Returns:
+        ``policy`` is "none" with a ``reason`` where the prompt was left alone. Byte counts are
+        what the pool's slots hold on this rank, per-layer lists run over all layers.
+    """
+    prompt, pool = state.plan.prompt, tree.pool
+    report = {
+        "policy": NONE,
+        "prompt_tokens": prompt.num_tokens,
+        "visual_tokens": prompt.num_visual,
+        "prefix": {"kind": "exact" if state.prefix_tokens else "cold", "tokens": state.prefix_tokens},
+        "retractions": req.retraction_count,
+    }
+    selection = state.selection
+    if selection is None:
+        reason = state.plan.left_alone or "finished at its first token"
+        return report | {"reason": reason}
+    policy = tree.planner.policy
+    report |= {
+        "policy": policy.name,
+        "budget": policy.budget,
+        "voting_rows": state.plan.num_voting,
+        "sparsity_per_layer": selection.sparsity,
+        "kept_per_layer": selection.num_kept,
+        "kept_per_modality": {
+            modality.name.lower(): sum(int((prompt.tags[k.cpu()] == modality).sum()) for k in selection.kept)
+            for modality in Modality
+            if (prompt.tags == modality).any()
+        },
+        "kept_bytes": state.kept_slots * pool.slot_bytes,
+        "full_bytes": prompt.num_tokens * pool.slot_bytes,
+    }
+    if (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS:
+        report[POSITIONS] = [layer.tolist() for layer in selection.kept]
+    return report
+
+
+class ReportingOutputStreamer(SchedulerOutputStreamer):
+    """Sends the report with a request's last output."""
+
+    has_additional_customized_info = True
+
+    def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
+        return {KEY: [self._reports(req) for req in reqs]}
+
+    def _reports(self, req: Req) -> list[dict]:
+        state = self.tree_cache.requests.get(req)
+        if state is None or not req.finished():
+            return []
+        return [build_report(req, state, self.tree_cache)]
+
+
+class ReportStore:
+    """Reports by response id, for clients that see no ``meta_info``.
+
+    Args:
+        max_age: seconds that a report is kept.
+        max_reports: most reports kept; the oldest go first.
+    """
+
+    def __init__(self, max_age: float = 600.0, max_reports: int = 10_000) -> None:
+        self._max_age, self._max_reports = max_age, max_reports
+        self._reports: OrderedDict[str, tuple[float, dict]] = OrderedDict()
+
+    def put(self, response_id: str, report: dict) -> None:
+        self._reports[response_id] = (time.monotonic(), report)
+        self._reports.move_to_end(response_id)
+        self._expire()
+
+    def get(self, response_id: str) -> dict | None:
+        self._expire()
+        _, report = self._reports.get(response_id, (0.0, None))
+        return report
+
+    def _expire(self) -> None:
+        oldest = time.monotonic() - self._max_age
+        while self._reports:
+            written, _ = next(iter(self._reports.values()))
+            if written >= oldest and len(self._reports) <= self._max_reports:
+                break
+            self._reports.popitem(last=False)

@@ -1,0 +1,108 @@
+"""Who owns which rows: the state that a request has beside SGLang's own.
+
+A request's state is born when its prefill begins, belongs to a row of SGLang's ``req_to_token``
+while the request holds that row, and loses its rows when it is released, whether it finished, was
+aborted or was retracted. Everything here is host state; nothing imports SGLang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+
+from sglang_vlkv.base import LayerScores, Prompt, Selection
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen to a request's prompt.
+
+    Attributes:
+        left_alone: why the prompt stays uncompressed; empty where it is compacted.
+        num_voting: R, the prompt positions at its end whose attention scores the keys.
+        max_slots: most pool slots that the kept rows take.
+    """
+
+    prompt: Prompt
+    left_alone: str = ""
+    num_voting: int = 0
+    max_slots: int = 0
+
+    @property
+    def compacts(self) -> bool:
+        return not self.left_alone
+
+    @property
+    def first_voting(self) -> int:
+        return self.prompt.num_tokens - self.num_voting
+
+
+@dataclass
+class RequestState:
+    """One request, from its admission to its end.
+
+    Attributes:
+        row: the ``req_to_token`` row it holds, or None.
+        prefix_tokens: prompt tokens that its last prefill found in the radix tree.
+        queries: per layer, the voting rows' queries so far, pieces of ``[rows, Hq, D]``; a voting
+            window may straddle chunks.
+        scores: per layer, once its last chunk has run.
+        cells: per layer, the cells of its compacted prompt, ``[num_kept[l]]`` int32; None while
+            the prompt is exact.
+        kept_slots: pool slots that hold the compacted prompt.
+        selection: what was kept, once compacted.
+        skips_insert: the request's own ``skip_radix_cache_insert`` before compaction set it.
+    """
+
+    plan: Plan
+    row: int | None = None
+    prefix_tokens: int = 0
+    queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    scores: dict[int, LayerScores] = field(default_factory=dict)
+    cells: list[torch.Tensor] | None = None
+    kept_slots: int = 0
+    selection: Selection | None = None
+    skips_insert: bool = False
+
+    @property
+    def pending(self) -> bool:
+        """Its prompt holds exact KV that a compaction will replace."""
+        return self.plan.compacts and self.cells is None
+
+
+class Requests:
+    """The states, by request object and by ``req_to_token`` row."""
+
+    def __init__(self) -> None:
+        self._by_request: WeakKeyDictionary[object, RequestState] = WeakKeyDictionary()
+        self._by_row: dict[int, RequestState] = {}
+
+    def get(self, request) -> RequestState | None:
+        return self._by_request.get(request)
+
+    def at_row(self, row: int) -> RequestState | None:
+        return self._by_row.get(row)
+
+    def add(self, request, plan: Plan) -> RequestState:
+        state = self._by_request[request] = RequestState(plan)
+        return state
+
+    def take_row(self, state: RequestState, row: int) -> None:
+        """``state``'s prefill begins in ``row``; whatever an earlier attempt left is dropped."""
+        state.row = row
+        state.queries, state.scores = {}, {}
+        state.cells, state.kept_slots, state.selection = None, 0, None
+        self._by_row[row] = state
+
+    def release_row(self, state: RequestState) -> None:
+        """The request finished, was aborted or was retracted; its rows are no longer its own."""
+        self._by_row.pop(state.row, None)
+        state.row, state.cells = None, None
+        state.queries, state.scores = {}, {}
+
+    def holders(self) -> Iterator[RequestState]:
+        """The states that hold a row."""
+        return iter(self._by_row.values())

@@ -1,0 +1,1 @@
+"""A tiny random-weight Qwen2.5-VL checkpoint for tests and benchmarks, built by :mod:`.build`."""

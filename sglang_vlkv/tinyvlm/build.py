@@ -1,0 +1,391 @@
+"""Write a complete random-weight Qwen2.5-VL checkpoint in Hugging Face layout.
+
+``python -m sglang_vlkv.tinyvlm.build OUT_DIR`` gives a model of about 2 MB that stock Transformers
+and stock SGLang load offline: weights, configs, a byte-level tokenizer, processors, a chat template.
+The text it writes means nothing, but it depends on all of the prompt, images included, and its
+attention is peaked, so which KV entries are kept matters as it does in a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+# Ids 0..255 are the bytes themselves; these follow from 256 in this order.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TOKEN_ID = {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+PATCH_SIZE = 14  # pixels
+MERGE_SIZE = 2  # patches per visual token, each way: one visual token covers 28x28 pixels
+TEMPORAL_PATCH_SIZE = 2  # frames per patch
+VISION_DEPTH = 2
+VISION_HIDDEN = 64
+VISION_INTERMEDIATE = 128
+VISION_HEADS = 4
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ('image', 'image_url') -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part['type'] in ('video', 'video_url') -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- elif part['type'] == 'text' -%}
+{{- part['text'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def build(
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    hidden_size: int | None = None,
+    intermediate_size: int = 256,
+    max_position_embeddings: int = 32768,
+    attention_scale: float = 3.0,
+    dtype: str = "bfloat16",
+    write_weights: bool = True,
+) -> None:
+    """Write the checkpoint into ``out_dir``, which is created if missing.
+
+    The same arguments give byte-identical files.
+
+    Args:
+        out_dir: Target directory; files of the same names are replaced.
+        seed: Seed of the weights.
+        num_layers, num_heads, num_kv_heads, head_dim: Shape of the language model.
+        hidden_size: Width of the residual stream, ``num_heads * head_dim`` if None. Another value
+            loads in SGLang only: Transformers' Qwen2.5-VL refuses it.
+        intermediate_size: Width of the MLP.
+        max_position_embeddings: Context length in tokens.
+        attention_scale: Standard deviation of the attention logits (natural-log units) of the
+            language model: 0 is near-uniform attention, 3 puts half of the mass on some 2 % of the
+            keys.
+        dtype: ``"bfloat16"`` or ``"float32"``, of the stored weights.
+        write_weights: False leaves ``model.safetensors`` out (for ``--load-format dummy``).
+
+    Raises:
+        ValueError: For a shape that the architecture does not allow, or an unknown dtype.
+    """
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
+    if head_dim % 16:
+        raise ValueError(f"head_dim={head_dim} is not a multiple of 16")
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype={dtype!r} is neither 'bfloat16' nor 'float32'")
+    hidden_size = num_heads * head_dim if hidden_size is None else hidden_size
+
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    # Same proportions of time, height and width as Qwen2.5-VL ([16, 24, 24] of 64).
+    section_t = head_dim // 8
+    section_hw = (head_dim // 2 - section_t) // 2
+    _write_json(
+        out_dir / "config.json",
+        {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": max_position_embeddings,
+            "max_window_layers": num_layers,
+            "use_sliding_window": False,
+            # Qwen's 1e6 would leave so few dimensions hardly any sense of height and width.
+            "rope_theta": 10000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [section_t, section_hw, section_hw]},
+            "tie_word_embeddings": False,
+            "torch_dtype": dtype,
+            "bos_token_id": TOKEN_ID["<|endoftext|>"],
+            "eos_token_id": TOKEN_ID["<|im_end|>"],
+            "pad_token_id": TOKEN_ID["<|endoftext|>"],
+            "vision_start_token_id": TOKEN_ID["<|vision_start|>"],
+            "vision_end_token_id": TOKEN_ID["<|vision_end|>"],
+            "vision_token_id": TOKEN_ID["<|vision_pad|>"],
+            "image_token_id": TOKEN_ID["<|image_pad|>"],
+            "video_token_id": TOKEN_ID["<|video_pad|>"],
+            "vision_config": {
+                "model_type": "qwen2_5_vl",
+                "depth": VISION_DEPTH,
+                "hidden_size": VISION_HIDDEN,
+                "intermediate_size": VISION_INTERMEDIATE,
+                "num_heads": VISION_HEADS,
+                "hidden_act": "silu",
+                "in_channels": 3,
+                "in_chans": 3,
+                "out_hidden_size": hidden_size,
+                "patch_size": PATCH_SIZE,
+                "spatial_patch_size": PATCH_SIZE,
+                "spatial_merge_size": MERGE_SIZE,
+                "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+                "tokens_per_second": 2,
+                "window_size": 112,
+                "fullatt_block_indexes": [VISION_DEPTH - 1],
+            },
+        },
+    )
+    _write_json(
+        out_dir / "generation_config.json",
+        {
+            "bos_token_id": TOKEN_ID["<|endoftext|>"],
+            "eos_token_id": [TOKEN_ID["<|im_end|>"], TOKEN_ID["<|endoftext|>"]],
+            "pad_token_id": TOKEN_ID["<|endoftext|>"],
+            "do_sample": False,
+        },
+    )
+    _write_processors(out_dir)
+    _write_tokenizer(out_dir, max_position_embeddings)
+    weights_path = out_dir / "model.safetensors"
+    # A stale file of another shape must not survive a rebuild.
+    weights_path.unlink(missing_ok=True)
+    if write_weights:
+        weights = _vision_weights(seed, hidden_size) | _language_weights(
+            seed,
+            num_layers,
+            hidden_size,
+            num_heads * head_dim,
+            num_kv_heads * head_dim,
+            intermediate_size,
+            attention_scale,
+        )
+        weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}
+        weights_path.write_bytes(save(weights, metadata={"format": "pt"}))
+
+
+class _Sampler:
+    """Random tensors, float32 on the CPU, in an order fixed by the calls."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator) * std
+
+    def linear(self, out_features: int, in_features: int, gain: float = 1.0) -> torch.Tensor:
+        """A weight [out, in] that turns unit-variance inputs into outputs of std ``gain``."""
+        return self.normal(out_features, in_features, std=gain / math.sqrt(in_features))
+
+
+def _vision_weights(seed: int, out_hidden: int) -> dict[str, torch.Tensor]:
+    """The vision tower, named as in Qwen's own checkpoints."""
+    sample = _Sampler(2 * seed)
+    dim, mlp = VISION_HIDDEN, VISION_INTERMEDIATE
+    merged = dim * MERGE_SIZE**2
+    pixels = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
+    patch_weight = sample.linear(dim, pixels, gain=3.0)
+    # Zero-mean filters see edges and texture as well as the patch's mean colour, which would
+    # otherwise drown them.
+    per_channel = patch_weight.view(dim, 3, -1)
+    per_channel -= 0.9 * per_channel.mean(-1, keepdim=True)
+    weights = {
+        "visual.patch_embed.proj.weight": patch_weight.view(
+            dim, 3, TEMPORAL_PATCH_SIZE, PATCH_SIZE, PATCH_SIZE
+        )
+    }
+
+    def dense(name: str, out_features: int, in_features: int, gain: float) -> None:
+        weights[f"{name}.weight"] = sample.linear(out_features, in_features, gain)
+        weights[f"{name}.bias"] = sample.normal(out_features, std=0.1)
+
+    for layer in range(VISION_DEPTH):
+        block = f"visual.blocks.{layer}"
+        weights[f"{block}.norm1.weight"] = torch.ones(dim)
+        weights[f"{block}.norm2.weight"] = torch.ones(dim)
+        dense(f"{block}.attn.qkv", 3 * dim, dim, gain=1.4)
+        dense(f"{block}.attn.proj", dim, dim, gain=1.0)
+        dense(f"{block}.mlp.gate_proj", mlp, dim, gain=1.4)
+        dense(f"{block}.mlp.up_proj", mlp, dim, gain=1.4)
+        dense(f"{block}.mlp.down_proj", dim, mlp, gain=1.0)
+    weights["visual.merger.ln_q.weight"] = torch.ones(dim)
+    dense("visual.merger.mlp.0", merged, merged, gain=1.4)
+    dense("visual.merger.mlp.2", out_hidden, merged, gain=1.2)
+    return weights
+
+
+def _language_weights(
+    seed: int,
+    num_layers: int,
+    hidden: int,
+    q_dim: int,
+    kv_dim: int,
+    intermediate: int,
+    attention_scale: float,
+) -> dict[str, torch.Tensor]:
+    """The language model, named as in Qwen's own checkpoints; ``q_dim`` is heads x head_dim."""
+    sample = _Sampler(2 * seed + 1)
+    # q.k / sqrt(head_dim) has standard deviation gain_q * gain_k.
+    gain_qk = math.sqrt(attention_scale)
+    lm_head = sample.linear(VOCAB_SIZE, hidden, gain=3.0)
+    # Logits of all but printable ASCII and newline are small: greedy output is readable, seldom
+    # ends early and never holds a visual placeholder.
+    printable = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    printable[0x20:0x7F] = True
+    printable[0x0A] = True
+    lm_head[~printable] *= 0.1
+    weights = {
+        "model.embed_tokens.weight": sample.normal(VOCAB_SIZE, hidden),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": lm_head,
+    }
+    for layer in range(num_layers):
+        block = f"model.layers.{layer}"
+        weights[f"{block}.input_layernorm.weight"] = torch.ones(hidden)
+        weights[f"{block}.post_attention_layernorm.weight"] = torch.ones(hidden)
+        for name, width, gain in (("q", q_dim, gain_qk), ("k", kv_dim, gain_qk), ("v", kv_dim, 1.0)):
+            weights[f"{block}.self_attn.{name}_proj.weight"] = sample.linear(width, hidden, gain)
+            weights[f"{block}.self_attn.{name}_proj.bias"] = sample.normal(width, std=0.2)
+        # A larger gain lets the context's mean drown the rest, and greedy decoding cycles.
+        weights[f"{block}.self_attn.o_proj.weight"] = sample.linear(hidden, q_dim)
+        weights[f"{block}.mlp.gate_proj.weight"] = sample.linear(intermediate, hidden, gain=1.4)
+        weights[f"{block}.mlp.up_proj.weight"] = sample.linear(intermediate, hidden, gain=1.4)
+        weights[f"{block}.mlp.down_proj.weight"] = sample.linear(hidden, intermediate, gain=1.0)
+    return weights
+
+
+def _write_tokenizer(out_dir: Path, model_max_length: int) -> None:
+    """A byte-level BPE without merges: one token per UTF-8 byte, plus ``SPECIAL_TOKENS``."""
+    vocab = {char: byte for byte, char in enumerate(_byte_chars())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    tokenizer.save(str(out_dir / "tokenizer.json"))
+    _write_json(out_dir / "vocab.json", vocab)
+    (out_dir / "merges.txt").write_text("#version: 0.2\n")
+    _write_json(
+        out_dir / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2TokenizerFast",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "model_max_length": model_max_length,
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": False,
+            "bos_token": None,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "unk_token": None,
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+            "added_tokens_decoder": {
+                str(token_id): {
+                    "content": token,
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                }
+                for token, token_id in TOKEN_ID.items()
+            },
+        },
+    )
+    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def _byte_chars() -> list[str]:
+    """The character that stands for each byte 0..255 in a byte-level BPE vocabulary."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = (byte for byte in range(256) if byte not in shown)
+    stand_in = {byte: 256 + i for i, byte in enumerate(hidden)}
+    return [chr(stand_in.get(byte, byte)) for byte in range(256)]
+
+
+def _write_processors(out_dir: Path) -> None:
+    """Image and video processor configs that accept images down to 28x28 pixels."""
+    area = (PATCH_SIZE * MERGE_SIZE) ** 2
+    common = {
+        "processor_class": "Qwen2_5_VLProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "rescale_factor": 1 / 255,
+        "resample": 3,
+        "merge_size": MERGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "size": {"shortest_edge": 4 * area, "longest_edge": 4096 * area},
+    }
+    _write_json(
+        out_dir / "preprocessor_config.json",
+        {"image_processor_type": "Qwen2VLImageProcessorFast"} | common,
+    )
+    _write_json(
+        out_dir / "video_preprocessor_config.json",
+        {"video_processor_type": "Qwen2VLVideoProcessor"} | common,
+    )
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a tiny random-weight Qwen2.5-VL checkpoint.")
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", dest="num_layers", type=int, default=4)
+    parser.add_argument("--heads", dest="num_heads", type=int, default=4)
+    parser.add_argument("--kv-heads", dest="num_kv_heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--hidden", dest="hidden_size", type=int, help="default: heads x head-dim")
+    parser.add_argument("--intermediate", dest="intermediate_size", type=int, default=256)
+    parser.add_argument("--max-positions", dest="max_position_embeddings", type=int, default=32768)
+    parser.add_argument(
+        "--scale",
+        dest="attention_scale",
+        type=float,
+        default=3.0,
+        help="standard deviation of the attention logits",
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--no-weights", dest="write_weights", action="store_false")
+    build(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Puts the parts together inside SGLang's scheduler process. Without a policy nothing changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+
+from sglang_vlkv import config
+from sglang_vlkv.attention import COUNTERPARTS
+
+logger = logging.getLogger(__name__)
+
+
+def _served_policy():
+    """The policy of this process's server arguments, or None."""
+    from sglang.srt.runtime_context import get_context
+
+    return config.policy_of(get_context().server_args)
+
+
+def pool_class(result, _platform, *, kind: str):
+    """After ``SRTPlatform.get_kv_pool_cls``."""
+    if _served_policy() is None or kind != "mha":
+        return result
+    if result is not None:
+        raise ValueError(
+            f"--kv-policy needs its own KV pool and this platform brings {result.__name__}; "
+            "use --kv-policy none on it."
+        )
+    from sglang_vlkv.pool import CellPool
+
+    return CellPool
+
+
+def register_backends() -> None:
+    """Our radix cache under its name, and our attention in front of SGLang's."""
+    import pkgutil
+
+    from sglang.srt.layers.attention.attention_registry import (
+        ATTENTION_BACKENDS,
+        register_attention_backend,
+    )
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+
+    from sglang_vlkv import radix
+
+    register_radix_cache_backend(radix.BACKEND, radix.create)
+
+    def counterpart(stock, ours: str):
+        def create(runner):
+            policy = _served_policy()
+            if policy is None:
+                return stock(runner)
+            logger.info("Attention: %s, reading ragged rows", ours)
+            return pkgutil.resolve_name(ours)(runner, policy)
+
+        return create
+
+    for name, ours in COUNTERPARTS.items():
+        register_attention_backend(name)(counterpart(ATTENTION_BACKENDS[name], ours))
+
+
+def arm(_result, scheduler, *args, **kwargs) -> None:
+    """After ``Scheduler.__init__``: the parts that need the whole scheduler.
+
+    Raises:
+        RuntimeError: SGLang did not build what was registered; serving would go uncompressed.
+    """
+    policy = _served_policy()
+    if policy is None:
+        return
+    from sglang_vlkv import plugin
+    from sglang_vlkv.compaction import Compactor
+    from sglang_vlkv.planning import Planner
+    from sglang_vlkv.pool import CellPool
+    from sglang_vlkv.radix import ExactRadixCache
+    from sglang_vlkv.report import ReportingOutputStreamer
+
+    tree = scheduler.tree_cache
+    found = {
+        "radix cache": (type(tree), ExactRadixCache),
+        "KV pool": (type(scheduler.token_to_kv_pool_allocator.get_kvcache()), CellPool),
+        "output streamer": (type(scheduler.output_streamer), ReportingOutputStreamer),
+        "attention backend": (
+            f"{type(scheduler.tp_worker.model_runner.attn_backend).__module__}."
+            f"{type(scheduler.tp_worker.model_runner.attn_backend).__name__}",
+            *COUNTERPARTS.values(),
+        ),
+    }
+    wrong = [f"{part} {have}" for part, (have, *wanted) in found.items() if have not in wanted]
+    wrong += [f"unpatched {target}" for target in plugin.hooks_missing()]
+    if wrong:
+        raise RuntimeError(
+            "--kv-policy is set but SGLang runs " + "; ".join(wrong) + ". Another plugin may have "
+            "replaced these; list the plugins to load in SGLANG_PLUGINS, or use --kv-policy none."
+        )
+    model_config = scheduler.model_config
+    tokenizer = scheduler.tokenizer
+    tree.planner = Planner(
+        policy,
+        num_layers=tree.pool.layer_num,
+        special_ids=set(tokenizer.all_special_ids) if tokenizer else set(),
+        end_of_turn_ids=set(model_config.hf_eos_token_id or ()),
+    )
+    tree.compactor = Compactor(
+        policy, tree, model_config.num_attention_heads, _rank_sum(scheduler)
+    )
+    logger.info("KV policy armed: %r", policy)
+
+
+def _rank_sum(scheduler):
+    group = scheduler.tp_cpu_group
+    if torch.distributed.get_world_size(group) == 1:
+        return lambda numbers: numbers
+
+    def total(numbers: list[int]) -> list[int]:
+        counts = torch.tensor(numbers, dtype=torch.int64)
+        torch.distributed.all_reduce(counts, group=group)
+        return counts.tolist()
+
+    return total
+
+
+def report_armed(info: dict, scheduler) -> dict:
+    """After ``Scheduler.get_init_info``: becomes ``kv_policy`` in ``/server_info``."""
+    policy = _served_policy()
+    armed = {"policy": config.NONE}
+    if policy is not None:
+        armed = {"policy": policy.name} | dataclasses.asdict(policy)
+    return info | {"kv_policy": armed}
+
+
+def compact(scheduler, running_batch) -> None:
+    """Before ``Scheduler._should_defer_prefill``."""
+    compactor = getattr(scheduler.tree_cache, "compactor", None)
+    if compactor is not None:
+        compactor.run(scheduler, running_batch)
+
+
+def adder_class(result, scheduler):
+    """After ``Scheduler.get_prefill_adder_class``."""
+    if getattr(scheduler.tree_cache, "compactor", None) is None:
+        return result
+    from sglang_vlkv.admission import ReservingPrefillAdder
+
+    return ReservingPrefillAdder
+
+
+def streamer_class(result, _scheduler):
+    """After ``Scheduler.get_output_streamer_class``."""
+    if _served_policy() is None:
+        return result
+    from sglang_vlkv.report import ReportingOutputStreamer
+
+    return ReportingOutputStreamer

@@ -1,0 +1,188 @@
+"""Real servers for tests and benchmarks: start one, talk to it over HTTP, stop it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "examples" / "tinyvlm"
+
+# SGLang's own leak checks: while idle, in every step while busy, and page by page.
+LEAK_CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+
+
+class Server:
+    """A SGLang server in a process tree of its own; a context manager.
+
+    Args:
+        flags: added to the command line.
+        env: added to the environment; SGLang's leak checks are on unless set otherwise.
+        module: what ``python -m`` runs.
+    """
+
+    def __init__(
+        self,
+        *flags: str,
+        model: Path | str = CHECKPOINT,
+        env: dict[str, str] | None = None,
+        python: str = sys.executable,
+        cwd: Path = ROOT,
+        start_timeout: float = 240.0,
+    ) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = Path(tempfile.mkstemp(prefix="server-", suffix=".log")[1])
+        command = [
+            python, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", "float32",
+            "--host", "127.0.0.1", "--port", str(self.port), "--mem-fraction-static", "0.3",
+            "--random-seed", "0", *flags,
+        ]  # fmt: skip
+        environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"} | LEAK_CHECKS | (env or {})
+        self.process = subprocess.Popen(
+            command,
+            stdout=self.log_path.open("w"),
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=cwd,
+            start_new_session=True,
+        )
+        try:
+            self._wait_until_ready(start_timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log()[-6000:]}")
+            try:
+                if requests.get(self.url + "/health", timeout=5).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.5)
+        raise TimeoutError(f"no server after {timeout} s:\n{self.log()[-6000:]}")
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(30)
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def info(self) -> dict:
+        return self._checked(requests.get(self.url + "/server_info", timeout=60))
+
+    def post(self, path: str, body: dict | None = None, timeout: float = 300) -> requests.Response:
+        return requests.post(self.url + path, json=body, timeout=timeout)
+
+    def generate(
+        self,
+        text: str,
+        images: list[Image.Image] = (),
+        video: Path | None = None,
+        max_new_tokens: int = 16,
+        rid: str | None = None,
+        custom: dict | None = None,
+        **sampling,
+    ) -> dict:
+        """One greedy answer of ``/generate``; raises on an HTTP error."""
+        return self._checked(
+            self.post("/generate", self.body(text, images, video, max_new_tokens, rid, custom, **sampling))
+        )
+
+    @staticmethod
+    def body(
+        text: str,
+        images: list[Image.Image] = (),
+        video: Path | None = None,
+        max_new_tokens: int = 16,
+        rid: str | None = None,
+        custom: dict | None = None,
+        **sampling,
+    ) -> dict:
+        """The JSON of ``/generate`` for a chat prompt with images, video and text, in this order."""
+        picture = "<|vision_start|><|image_pad|><|vision_end|>" * len(images)
+        picture += "<|vision_start|><|video_pad|><|vision_end|>" if video else ""
+        prompt = f"<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"
+        params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True} | sampling
+        if custom:
+            params["custom_params"] = custom
+        body = {"text": prompt, "sampling_params": params, "return_logprob": True, "top_logprobs_num": 2}
+        if images:
+            body["image_data"] = [data_url(image) for image in images]
+        if video:
+            body["video_data"] = str(video)
+        if rid:
+            body["rid"] = rid
+        return body
+
+    def many(self, bodies: list[dict], workers: int = 64) -> list[dict]:
+        """Answers of ``/generate`` to all ``bodies`` at once, in their order."""
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(lambda body: self._checked(self.post("/generate", body)), bodies))
+
+    def flush(self) -> None:
+        """Empties the radix cache; waits until the server is idle."""
+        for _ in range(100):
+            if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
+                return
+            time.sleep(0.1)
+        raise TimeoutError("the server did not become idle")
+
+    @staticmethod
+    def _checked(response: requests.Response) -> dict:
+        if response.status_code != 200:
+            raise RuntimeError(f"HTTP {response.status_code}: {response.text[:2000]}")
+        return response.json()
+
+
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def output_ids(answer: dict) -> list[int]:
+    return answer["output_ids"]
+
+
+def report(answer: dict) -> dict:
+    return answer["meta_info"]["kv_policy"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
