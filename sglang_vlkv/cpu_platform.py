@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -15,6 +16,12 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """
 
     _enum = PlatformEnum.OOT
+
+    def __init__(self) -> None:
+        super().__init__()
+        # SGLang pins decoded video frames without asking the platform. Pinned memory serves copies
+        # to an accelerator; where there is none, torch raises.
+        torch.Tensor.pin_memory = lambda tensor, device=None: tensor
 
     def apply_server_args_defaults(self, server_args) -> None:
         """Run eagerly, on torch, unless the operator said otherwise."""

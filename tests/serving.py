@@ -27,6 +27,9 @@ LEAK_CHECKS = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
 
+# One thread: a tiny model gains nothing from more, and several servers share a machine's cores.
+SMALL_SERVER = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+
 
 class Server:
     """A SGLang server in a process tree of its own; a context manager.
@@ -54,7 +57,7 @@ class Server:
             "--host", "127.0.0.1", "--port", str(self.port), "--mem-fraction-static", "0.3",
             "--random-seed", "0", *flags,
         ]  # fmt: skip
-        environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"} | LEAK_CHECKS | (env or {})
+        environment = os.environ | SMALL_SERVER | LEAK_CHECKS | (env or {})
         self.process = subprocess.Popen(
             command,
             stdout=self.log_path.open("w"),

@@ -87,7 +87,7 @@ def build(
         seed: Seed of the weights.
         num_layers, num_heads, num_kv_heads, head_dim: Shape of the language model.
         hidden_size: Width of the residual stream, ``num_heads * head_dim`` if None. Another value
-            loads in SGLang only: Transformers' Qwen2.5-VL refuses it.
+            is for SGLang only: Transformers' Qwen2.5-VL ignores ``head_dim`` and cannot load it.
         intermediate_size: Width of the MLP.
         max_position_embeddings: Context length in tokens.
         attention_scale: Standard deviation of the attention logits (natural-log units) of the
@@ -117,33 +117,42 @@ def build(
         {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
             "model_type": "qwen2_5_vl",
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": max_position_embeddings,
-            "max_window_layers": num_layers,
-            "use_sliding_window": False,
-            # Qwen's 1e6 would leave so few dimensions hardly any sense of height and width.
-            "rope_theta": 10000.0,
-            "rope_scaling": {"type": "mrope", "mrope_section": [section_t, section_hw, section_hw]},
             "tie_word_embeddings": False,
             "torch_dtype": dtype,
-            "bos_token_id": TOKEN_ID["<|endoftext|>"],
-            "eos_token_id": TOKEN_ID["<|im_end|>"],
-            "pad_token_id": TOKEN_ID["<|endoftext|>"],
             "vision_start_token_id": TOKEN_ID["<|vision_start|>"],
             "vision_end_token_id": TOKEN_ID["<|vision_end|>"],
             "vision_token_id": TOKEN_ID["<|vision_pad|>"],
             "image_token_id": TOKEN_ID["<|image_pad|>"],
             "video_token_id": TOKEN_ID["<|video_pad|>"],
+            # SGLang's model reads head_dim here, its KV pool in text_config.
+            "head_dim": head_dim,
+            "text_config": {
+                "model_type": "qwen2_5_vl_text",
+                "vocab_size": VOCAB_SIZE,
+                "hidden_size": hidden_size,
+                "intermediate_size": intermediate_size,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": num_heads,
+                "num_key_value_heads": num_kv_heads,
+                "head_dim": head_dim,
+                "hidden_act": "silu",
+                "rms_norm_eps": 1e-6,
+                "max_position_embeddings": max_position_embeddings,
+                "max_window_layers": num_layers,
+                "use_sliding_window": False,
+                # Qwen's 1e6 would leave so few dimensions hardly any sense of height and width.
+                "rope_theta": 10000.0,
+                "rope_scaling": {
+                    "type": "mrope",
+                    "mrope_section": [section_t, section_hw, section_hw],
+                },
+                "torch_dtype": dtype,
+                "bos_token_id": TOKEN_ID["<|endoftext|>"],
+                "eos_token_id": TOKEN_ID["<|im_end|>"],
+                "pad_token_id": TOKEN_ID["<|endoftext|>"],
+            },
             "vision_config": {
-                "model_type": "qwen2_5_vl",
+                "model_type": "qwen2_5_vl_vision",
                 "depth": VISION_DEPTH,
                 "hidden_size": VISION_HIDDEN,
                 "intermediate_size": VISION_INTERMEDIATE,

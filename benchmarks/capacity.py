@@ -1,0 +1,157 @@
+"""How many requests run at once in a small KV pool, and what that is worth.
+
+``python -m benchmarks.capacity`` gives two servers a pool that holds about three full requests,
+``--kv-policy none`` and VL-Cache, and sends both the same burst of requests, each with a picture
+of its own. How many ran at once is read from the log line that the server writes every decode
+step. The second workload is prompts too short to be compacted: nothing to gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from benchmarks import common
+from benchmarks.common import Row
+from tests.serving import CHECKPOINT, Server
+
+BUDGET = 0.1
+NONE, VLCACHE = "none", f"vlcache {BUDGET}"
+ROWS = {
+    NONE: Row(("--kv-policy", "none")),
+    VLCACHE: Row(("--kv-policy", "vlcache", "--kv-budget", str(BUDGET))),
+}
+QUESTION = "What stands to the left of the largest object, and which colour does it have?"
+LAYERS = 4  # of examples/tinyvlm
+WORKLOADS = {"1K prompts": 1024, "short prompts": 64}  # visual tokens
+TEXT_TOKENS = len(QUESTION) + 40  # one per byte, and the chat template's
+FULL_REQUESTS = 3.3
+
+
+class Burst(NamedTuple):
+    """One burst of concurrent requests.
+
+    Attributes:
+        seconds: from the first request to the last answer.
+        latencies: seconds, per request.
+        running: requests per decode step.
+        meta: ``meta_info`` per request.
+    """
+
+    seconds: float
+    latencies: list[float]
+    running: list[int]
+    meta: list[dict]
+
+
+def send(server: Server, bodies: list[dict]) -> Burst:
+    """Sends all ``bodies`` at once to a server whose radix cache is empty."""
+    server.flush()
+    seen = len(server.log())
+
+    def one(body: dict) -> tuple[float, dict]:
+        start = time.perf_counter()
+        response = server.post("/generate", body, timeout=1800)
+        response.raise_for_status()
+        return time.perf_counter() - start, response.json()["meta_info"]
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        answers = list(pool.map(one, bodies))
+    seconds = time.perf_counter() - start
+    server.flush()  # waits until idle: the log is complete
+    running = re.findall(r"Decode batch.*?#running-req: (\d+)", server.log()[seen:])
+    if not running:
+        raise RuntimeError(f"the server logged no decode step; see {server.log_path}")
+    latencies, meta = zip(*answers)
+    return Burst(seconds, list(latencies), [int(count) for count in running], list(meta))
+
+
+def summary(bursts: list[Burst], pool: int) -> dict:
+    meta = [m for burst in bursts for m in burst.meta]
+    tokens = [sum(m["completion_tokens"] for m in burst.meta) for burst in bursts]
+    full = max(m["prompt_tokens"] + m["completion_tokens"] for m in meta)
+    return common.measured(meta[0], LAYERS) | {
+        "full_requests_in_pool": pool / full,
+        "peak_running": max(max(burst.running) for burst in bursts),
+        "running": common.percentiles([count for burst in bursts for count in burst.running]),
+        "seconds": common.percentiles([burst.seconds for burst in bursts]),
+        "tokens_per_s": common.percentiles(
+            [count / burst.seconds for count, burst in zip(tokens, bursts, strict=True)]
+        ),
+        "latency_s": common.percentiles([latency for burst in bursts for latency in burst.latencies]),
+        "retractions": sum(m.get("num_retractions", 0) for m in meta),
+    }
+
+
+def measure(
+    servers: dict[str, Server], visual_tokens: int, clients: int, max_new_tokens: int, rounds: int, pool: int
+) -> dict:
+    bursts = {name: [] for name in servers}
+    for seed in range(rounds):
+        bodies = [
+            common.body(QUESTION, [common.picture(visual_tokens, seed=1000 * seed + i)], max_new_tokens)
+            for i in range(clients)
+        ]
+        for name, server in servers.items():
+            burst = send(server, bodies)
+            bursts[name].append(burst)
+            common.note(f"{name}: {clients} requests in {burst.seconds:.1f} s, at most {max(burst.running)} at once")
+    return {name: summary(sent, pool) for name, sent in bursts.items()}
+
+
+def table(results: dict) -> str:
+    lines = []
+    for workload, rows in results.items():
+        base = rows[NONE]["tokens_per_s"]["p50"]
+        for name, row in rows.items():
+            kept = row["kept_tokens"]
+            lines.append(
+                [f"{workload}, {name}", str(row["prompt_tokens"])]
+                + ["all" if kept in (None, row["prompt_tokens"]) else f"{kept:.0f}"]
+                + [f"{(row['freed_bytes'] or 0) / 2**20:.2f}", f"{row['full_requests_in_pool']:.1f}"]
+                + [str(row["peak_running"]), f"{row['running']['p50']:.0f}", str(row["retractions"])]
+                + [f"{row['seconds'][p]:.1f}" for p in ("p20", "p50", "p80")]
+                + [f"{row['latency_s']['p50']:.1f}", f"{row['tokens_per_s']['p50']:.0f}"]
+                + [f"{row['tokens_per_s']['p50'] / base:.2f}x"]
+            )
+    header = ["workload", "prompt tokens", "kept per layer", "freed MiB each", "full requests in pool"]
+    header += ["peak running", "running p50", "retractions", "total s p20", "p50", "p80"]
+    return common.table(header + ["latency s p50", "tokens/s p50", "vs none"], lines)
+
+
+def run(clients: int, max_new_tokens: int, rounds: int) -> dict:
+    pool = round(FULL_REQUESTS * (WORKLOADS["1K prompts"] + TEXT_TOKENS + max_new_tokens))
+    flags = ["--max-total-tokens", str(pool), "--decode-log-interval", "1", "--max-running-requests", "64"]
+    with common.serving(ROWS, *flags, model=CHECKPOINT) as servers:
+        record = common.context(ROWS, servers, *flags)
+        record |= {"clients": clients, "max_new_tokens": max_new_tokens, "rounds": rounds}
+        for server in servers.values():
+            common.stream(server, common.body(QUESTION, [common.picture(1024, seed=10**6)], 16))  # warm
+        record["results"] = {
+            name: measure(servers, visual_tokens, clients, max_new_tokens, rounds, pool)
+            for name, visual_tokens in WORKLOADS.items()
+        }
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few requests, short answers: a smoke test")
+    parser.add_argument("--clients", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3, help="bursts per row and workload")
+    args = parser.parse_args()
+    if args.quick:
+        record = run(clients=12, max_new_tokens=48, rounds=1)
+    else:
+        record = run(args.clients, args.max_new_tokens, args.rounds)
+    path = common.save("capacity_quick" if args.quick else "capacity", record)
+    print(f"\n{table(record['results'])}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What the benchmarks share: servers side by side, streamed requests, records and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import requests
+from PIL import Image
+
+from tests.serving import LEAK_CHECKS, ROOT, Server
+
+RESULTS = ROOT / "benchmarks" / "results"
+TOKEN_PIXELS = 28  # one visual token covers 28x28 pixels
+
+# For all servers alike. libgomp's threads spin at a barrier by default: when anything else wants a
+# core, a region of microseconds then takes milliseconds. The leak checks walk the whole pool.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"} | dict.fromkeys(LEAK_CHECKS, "0")
+
+
+class Row(NamedTuple):
+    """One way to serve, a row of the table.
+
+    Attributes:
+        flags: added to the server's command line.
+        env: added to its environment.
+    """
+
+    flags: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+
+
+class Streamed(NamedTuple):
+    """One streamed answer.
+
+    Attributes:
+        ttft: seconds from the request to the first token.
+        steps: seconds between consecutive tokens; tokens that arrive together share their time.
+        meta: the last chunk's ``meta_info``.
+    """
+
+    ttft: float
+    steps: list[float]
+    meta: dict
+
+
+@contextmanager
+def serving(rows: dict[str, Row], *flags: str, model: Path | str) -> Iterator[dict[str, Server]]:
+    """One server per row, all up at once, so that rounds can alternate between them.
+
+    An idle server sleeps, so only the one that is asked uses the machine.
+    """
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(
+                Server(*flags, "--sleep-on-idle", *row.flags, model=model, env=ENVIRONMENT | row.env)
+            )
+            for name, row in rows.items()
+        }
+
+
+def body(text: str, images: list[Image.Image], max_new_tokens: int) -> dict:
+    """The JSON of ``/generate``, without the logprobs that tests ask for."""
+    full = Server.body(text, images, max_new_tokens=max_new_tokens)
+    return {key: value for key, value in full.items() if "logprob" not in key}
+
+
+def stream(server: Server, request: dict, timeout: float = 1800) -> Streamed:
+    """Sends ``request`` and notes when every token arrives."""
+    arrivals: list[tuple[float, int]] = []
+    start = time.perf_counter()
+    with requests.post(
+        f"{server.url}/generate", json=request | {"stream": True}, stream=True, timeout=timeout
+    ) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith(b"data:") or line.endswith(b"[DONE]"):
+                continue
+            now, chunk = time.perf_counter(), json.loads(line[5:])
+            if "error" in chunk:
+                raise RuntimeError(chunk["error"])
+            arrivals.append((now, chunk["meta_info"]["completion_tokens"]))
+    steps = []
+    for (before, first), (after, last) in zip(arrivals, arrivals[1:]):
+        if last > first:
+            steps += [(after - before) / (last - first)] * (last - first)
+    return Streamed(arrivals[0][0] - start, steps, chunk["meta_info"])
+
+
+def picture(visual_tokens: int, seed: int) -> Image.Image:
+    """A square picture of exactly ``visual_tokens``, a square number; seeds give different ones."""
+    side = math.isqrt(visual_tokens)
+    if side * side != visual_tokens:
+        raise ValueError(f"visual_tokens is {visual_tokens}; it must be a square number")
+    blocks = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize((side * TOKEN_PIXELS,) * 2, Image.Resampling.NEAREST)
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    p20, p50, p80 = np.percentile(values, [20, 50, 80])
+    return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "samples": len(values)}
+
+
+def measured(meta: dict, layers: int) -> dict:
+    """What a request kept and freed, as its report says; None where stock SGLang has no report."""
+    report = meta.get("kv_policy")
+    if report is None:
+        return {"prompt_tokens": meta["prompt_tokens"], "kept_tokens": None, "freed_bytes": None}
+    compacted = "kept_per_layer" in report
+    return {
+        "prompt_tokens": report["prompt_tokens"],
+        "kept_tokens": sum(report["kept_per_layer"]) / layers if compacted else report["prompt_tokens"],
+        "freed_bytes": report["full_bytes"] - report["kept_bytes"] if compacted else 0,
+        "report": report,
+    }
+
+
+def policy_of(server: Server) -> dict | str:
+    """What the server says it runs; stock SGLang says nothing."""
+    info = server.info()
+    for part in (info, *info.get("internal_states", ())):
+        if "kv_policy" in part and isinstance(part["kv_policy"], dict):
+            return part["kv_policy"]
+    return "sglang_vlkv's general plugin is not loaded"
+
+
+def context(rows: dict[str, Row], servers: dict[str, Server], *flags: str) -> dict:
+    """Everything a number needs beside it."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "versions": {name: version(name) for name in ("sglang", "torch", "sglang_vlkv")},
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_at_start": os.getloadavg()[0],
+        "environment": ENVIRONMENT | {k: v for k, v in os.environ.items() if k.startswith("OMP_")},
+        "flags": list(flags),
+        "rows": {
+            name: {"flags": row.flags, "env": row.env, "policy": policy_of(servers[name])}
+            for name, row in rows.items()
+        },
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def save(name: str, record: dict) -> Path:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table, numbers to the right; the first column is text."""
+    rule = [":---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def note(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

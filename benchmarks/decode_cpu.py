@@ -1,0 +1,190 @@
+"""Time per output token behind long image prompts, on a CPU.
+
+``python -m benchmarks.decode_cpu`` serves the attention shape of a 7B model (32 query heads, 8 KV
+heads of 128) in few narrow layers with dummy weights, so that attention dominates, three ways at
+once: stock SGLang, our attention over the full cache, and VL-Cache. Rounds alternate between them
+and every round is cold: the radix cache is flushed, the prompt prefilled, the answer streamed.
+
+TTFT ends when the first token arrives; SGLang's overlap scheduling has launched the first decode
+step by then, so it holds the prefill, the compaction and one step. Scoring, selection and
+compaction are also timed alone, in this process, on random tensors of the same shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks import common
+from benchmarks.common import Row
+from sglang_vlkv.base import Modality, Prompt
+from sglang_vlkv.config import build_policy
+from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
+from sglang_vlkv.select import select
+from sglang_vlkv.tinyvlm.build import build
+
+SHAPE = dict(num_layers=4, num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=512, intermediate_size=512)
+BUDGET = 0.1
+QUESTION = "What stands to the left of the largest object, and which colour does it have?"
+
+STOCK, FULL, VLCACHE = "stock torch_native", "ours, full cache", f"ours, vlcache {BUDGET}"
+ROWS = {
+    STOCK: Row(env={"SGLANG_PLUGINS": "vlkv_cpu"}),  # the platform only: nothing of ours attends
+    FULL: Row(("--kv-policy", "vlcache", "--kv-policy-config", json.dumps({"min_prompt_tokens": 10**9}))),
+    VLCACHE: Row(("--kv-policy", "vlcache", "--kv-budget", str(BUDGET))),
+}
+
+# Visual tokens of a prompt as pictures x tokens each. The first is where there is little to gain.
+PROMPTS = {"0.3K": (1, 256), "4K": (4, 1024), "16K": (16, 1024)}
+QUICK_PROMPTS = {"0.3K": (1, 256), "2K": (2, 1024)}
+
+
+def request(prompt: tuple[int, int], max_new_tokens: int, seed: int = 0) -> dict:
+    count, visual_tokens = prompt
+    pictures = [common.picture(visual_tokens, seed=1000 * seed + i) for i in range(count)]
+    return common.body(QUESTION, pictures, max_new_tokens)
+
+
+def measure(servers: dict, prompt: tuple[int, int], rounds: int, max_new_tokens: int) -> dict:
+    """Per row: percentiles of TTFT and of the steps of all rounds, and what was kept."""
+    answers = defaultdict(list)
+    for seed in range(rounds):
+        body = request(prompt, max_new_tokens, seed)
+        for name, server in servers.items():
+            server.flush()
+            answer = common.stream(server, body)
+            answers[name].append(answer)
+            step = 1e3 * median(answer.steps)
+            common.note(f"{name}: {answer.meta['prompt_tokens']} tokens, TTFT {answer.ttft:.2f} s, {step:.1f} ms/token")
+    return {
+        name: common.measured(rows[0].meta, SHAPE["num_layers"])
+        | {
+            "ttft_s": common.percentiles([row.ttft for row in rows]),
+            "ms_per_token": common.percentiles([1e3 * step for row in rows for step in row.steps]),
+        }
+        for name, rows in answers.items()
+    }
+
+
+def time_stages(num_prompt: int, num_voting: int, repeats: int = 5) -> dict[str, float]:
+    """Median seconds of what a prompt's compaction adds, over all layers, in this process."""
+    policy = build_policy("vlcache", BUDGET)
+    layers, heads, dim = SHAPE["num_layers"], SHAPE["num_kv_heads"], SHAPE["head_dim"]
+    tags = torch.full((num_prompt,), Modality.IMAGE, dtype=torch.uint8)
+    tags[num_prompt - num_voting :] = Modality.TEXT
+    q = torch.randn(num_voting, SHAPE["num_heads"], dim)
+    k = torch.randn(num_prompt, heads, dim)
+    storage = torch.randn(layers, 2, num_prompt, heads, dim)
+    slots = torch.randperm(num_prompt)
+    flat = torch.zeros(layers * num_prompt, heads, dim)
+    entries = SHAPE["num_heads"] * (num_voting * num_prompt - num_voting * (num_voting - 1) // 2)
+
+    times = defaultdict(list)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        scored = [policy.score(q, k, dim**-0.5) for _ in range(layers)]
+        scored_at = time.perf_counter()
+        sparsity = [layer.zeros / entries for layer in scored]
+        selection = select(policy, Prompt(tags), [layer.scores for layer in scored], sparsity)
+        selected_at = time.perf_counter()
+        for kv in (0, 1):
+            at = torch.arange(sum(selection.num_kept), dtype=torch.int32).split(selection.num_kept)
+            for layer, kept in enumerate(selection.kept):
+                scatter_rows(flat, at[layer], gather_rows(storage[layer, kv], slots[kept]))
+        end = time.perf_counter()
+        times["scoring_s"].append(scored_at - start)
+        times["selection_s"].append(selected_at - scored_at)
+        times["compaction_s"].append(end - selected_at)
+    return {name: median(values) for name, values in times.items()}
+
+
+def table(results: dict) -> str:
+    lines = []
+    for rows in results.values():
+        stock = rows[STOCK]["ms_per_token"]["p50"]
+        for name in ROWS:
+            row = rows[name]
+            step, kept, freed = row["ms_per_token"], row["kept_tokens"], row["freed_bytes"]
+            lines.append(
+                [name, str(row["prompt_tokens"])]
+                + ["all" if kept in (None, row["prompt_tokens"]) else f"{kept:.0f}", f"{(freed or 0) / 2**20:.1f}"]
+                + [f"{row['ttft_s']['p50']:.2f}"]
+                + [f"{step[p]:.1f}" for p in ("p20", "p50", "p80")]
+                + [f"{stock / step['p50']:.2f}x"]
+            )
+    header = ["row", "prompt tokens", "kept per layer", "freed MiB", "TTFT s p50"]
+    return common.table(header + ["ms/token p20", "p50", "p80", "vs stock"], lines)
+
+
+def stage_table(stages: dict) -> str:
+    lines = []
+    for name, stage in stages.items():
+        parts = [1e3 * stage[part] for part in ("scoring_s", "selection_s", "compaction_s")]
+        lines.append(
+            [name, str(stage["prompt_tokens"]), str(stage["voting_rows"])]
+            + [f"{part:.1f}" for part in parts]
+            + [f"{stage['ttft_full_s']:.2f}", f"{100 * stage['share_of_ttft']:.1f} %"]
+            + [f"{100 * stage['ttft_ratio'] - 100:+.1f} %"]
+        )
+    header = ["prompt", "tokens", "voting rows", "scoring ms", "selection ms", "compaction ms"]
+    return common.table(header + ["TTFT full cache s", "their share", "TTFT, measured"], lines)
+
+
+def run(prompts: dict, rounds: int, max_new_tokens: int, dtype: str) -> dict:
+    longest = max(count * tokens for count, tokens in prompts.values())
+    # Room for the prompt, its kept rows and the answer; one chunk, because stock's prefill behind
+    # a prefix computes the prefix's attention once more.
+    pool = longest + longest // 4 + 1024
+    flags = ["--load-format", "dummy", "--dtype", dtype, "--max-total-tokens", str(pool)]
+    flags += ["--chunked-prefill-size", "-1", "--max-prefill-tokens", str(pool)]
+    with tempfile.TemporaryDirectory(prefix="decode-cpu-") as checkpoint:
+        build(Path(checkpoint), **SHAPE, write_weights=False)
+        with common.serving(ROWS, *flags, model=checkpoint) as servers:
+            record = common.context(ROWS, servers, *flags) | {"shape": SHAPE, "rounds": rounds}
+            for server in servers.values():
+                common.stream(server, request((1, 256), 16, seed=rounds))  # warm
+            record["results"] = {
+                name: measure(servers, prompt, rounds, max_new_tokens) for name, prompt in prompts.items()
+            }
+    record["stages"] = {}
+    for name, rows in record["results"].items():
+        report, full = rows[VLCACHE]["report"], rows[FULL]["ttft_s"]["p50"]
+        stage = time_stages(report["prompt_tokens"], report["voting_rows"])
+        record["stages"][name] = stage | {
+            "prompt_tokens": report["prompt_tokens"],
+            "voting_rows": report["voting_rows"],
+            "ttft_full_s": full,
+            "share_of_ttft": sum(stage.values()) / full,
+            "ttft_ratio": rows[VLCACHE]["ttft_s"]["p50"] / full,
+        }
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two short prompts, one round: a smoke test")
+    parser.add_argument("--rounds", type=int, default=3, help="cold requests per row and prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    if args.quick:
+        record = run(QUICK_PROMPTS, rounds=1, max_new_tokens=16, dtype=args.dtype)
+    else:
+        record = run(PROMPTS, args.rounds, args.max_new_tokens, args.dtype)
+    path = common.save("decode_cpu_quick" if args.quick else "decode_cpu", record)
+    print(f"\n{table(record['results'])}\n")
+    print(
+        "Scoring, selection and compaction timed alone, as a share of the full cache's TTFT; at the "
+        f"right the served TTFT against it.\n\n{stage_table(record['stages'])}\n\n{path}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Are two greedy answers the same? Equal, or first different where the choice was a coin toss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Difference(NamedTuple):
+    """Two answers part at ``index``, where the reference preferred its token by ``margin``."""
+
+    index: int
+    margin: float
+
+
+def first_difference(reference: dict, other: dict) -> Difference | None:
+    """Compares ``/generate`` answers that carry the top-2 logprobs."""
+    tokens, others = reference["output_ids"], other["output_ids"]
+    for index, (a, b) in enumerate(zip(tokens, others, strict=True)):
+        if a != b:
+            (first, *_), (second, *_) = reference["meta_info"]["output_top_logprobs"][index][:2]
+            return Difference(index, first - second)
+    return None
+
+
+def largest_deviation(reference: dict, other: dict) -> float:
+    """Largest difference of the chosen tokens' logprobs, as far as the answers agree."""
+    pairs = zip(
+        reference["meta_info"]["output_token_logprobs"], other["meta_info"]["output_token_logprobs"]
+    )
+    deviation = 0.0
+    for (a, token, *_), (b, other_token, *_) in pairs:
+        if token != other_token:
+            break
+        deviation = max(deviation, abs(a - b))
+    return deviation
+
+
+def assert_same(reference: list[dict], other: list[dict], tolerance: float, title: str) -> None:
+    """Every answer equal, or first different at a margin under ``tolerance``; lists all."""
+    differences = [
+        (i, difference)
+        for i, (a, b) in enumerate(zip(reference, other, strict=True))
+        if (difference := first_difference(a, b)) is not None
+    ]
+    for i, difference in differences:
+        print(f"{title}: prompt {i} differs first at token {difference.index}, margin {difference.margin:.2e}")
+    print(f"{title}: {len(reference) - len(differences)} of {len(reference)} equal")
+    beyond = [(i, d) for i, d in differences if d.margin >= tolerance]
+    assert not beyond, f"{title}: beyond the tolerance {tolerance:.1e}: {beyond}"

@@ -1,0 +1,174 @@
+"""From flags, JSON or a file to a policy, or to a sentence that says what is allowed."""
+
+import argparse
+import json
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from sglang_vlkv.config import DEFAULTS, add_flags, build_policy, policy_of
+from sglang_vlkv.policies import POLICIES
+from sglang_vlkv.policies.vlcache import VLCache
+
+
+@pytest.fixture
+def parser():
+    parser = argparse.ArgumentParser(prog="server", exit_on_error=False)
+    add_flags(parser)
+    return parser
+
+
+def test_no_flags_mean_no_policy(parser):
+    args = parser.parse_args([])
+    assert vars(args) == DEFAULTS
+    assert policy_of(args) is None
+    assert policy_of(argparse.Namespace()) is None
+
+
+def test_flags_make_a_policy(parser):
+    config = '{"min_rows": 4, "modality_floors": {"text": 1}}'
+    flags = ["--kv-policy", "vlcache", "--kv-budget", "0.25", "--kv-policy-config", config]
+    assert policy_of(parser.parse_args(flags)) == VLCache(
+        budget=0.25, min_rows=4, modality_floors={"text": 1}
+    )
+
+
+def test_defaults_are_the_specified_ones():
+    policy = build_policy("vlcache")
+    assert policy == VLCache(
+        budget=0.1, recent_fraction=0.1, min_rows=16, max_rows=256, voting="post_vision",
+        min_prompt_tokens=256, modality_floors={}, p=0.01, renormalise=True,
+    )  # fmt: skip
+
+
+def test_help_names_every_flag_and_policy(parser):
+    text = parser.format_help()
+    assert all(word in text for word in ["--kv-policy ", "--kv-budget ", "--kv-policy-config ", *POLICIES])
+
+
+@pytest.mark.parametrize(
+    "flags, word", [(["--kv-policy", "best"], "vlcache"), (["--kv-budget", "a tenth"], "kv-budget")]
+)
+def test_parser_refuses_what_cannot_be(parser, flags, word):
+    with pytest.raises(argparse.ArgumentError, match=word):
+        parser.parse_args(flags)
+
+
+def test_json_file_and_mapping_say_the_same(tmp_path):
+    options = {"budget": 0.2, "voting": "last_turn", "p": 0.05}
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(options))
+    policies = [build_policy("vlcache", None, c) for c in (json.dumps(options), str(file), options)]
+    assert policies == [VLCache(**options)] * 3
+
+
+def test_a_given_mapping_is_not_written_to():
+    options = {"p": 0.05}
+    build_policy("vlcache", 0.2, options)
+    assert options == {"p": 0.05}
+
+
+def test_repr_records_the_whole_run():
+    policy = build_policy("vlcache", 0.25, {"modality_floors": {"text": 1.0}})
+    assert eval(repr(policy), {"VLCache": VLCache}) == policy
+    assert all(f"{option.name}=" in repr(policy) for option in fields(policy))
+
+
+def test_a_policy_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        build_policy("vlcache").budget = 0.5
+
+
+def refusal(kv_policy="vlcache", kv_budget=None, kv_policy_config=None) -> str:
+    with pytest.raises(ValueError) as raised:
+        build_policy(kv_policy, kv_budget, kv_policy_config)
+    return str(raised.value)
+
+
+def test_unknown_policy_is_refused_naming_the_known_ones():
+    message = refusal("best")
+    assert all(word in message for word in ["--kv-policy", "'best'", "none", *POLICIES])
+
+
+def test_unknown_options_are_refused_naming_the_known_ones():
+    message = refusal(kv_policy_config={"ratio": 0.5, "p": 0.1, "bugdet": 0.1})
+    assert "--kv-policy-config" in message and "bugdet, ratio" in message
+    assert all(option.name in message for option in fields(VLCache))
+
+
+@pytest.mark.parametrize("text", ['{"p": 0.1', "{p: 0.1}", "{} {}"])
+def test_broken_json_is_refused(tmp_path, text):
+    assert "--kv-policy-config is not valid JSON" in refusal(kv_policy_config=text)
+    file = tmp_path / "policy.json"
+    file.write_text(text)
+    message = refusal(kv_policy_config=str(file))
+    assert str(file) in message and "not valid JSON" in message
+
+
+def test_a_file_must_hold_an_object(tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text("[1, 2]")
+    message = refusal(kv_policy_config=str(file))
+    assert str(file) in message and "object" in message
+
+
+@pytest.mark.parametrize("text", ["no-such-file.json", "[1, 2]", "", "/"])
+def test_what_is_neither_json_nor_a_file_is_refused(text):
+    message = refusal(kv_policy_config=text)
+    assert all(words in message for words in ["--kv-policy-config", repr(text), "neither", "file"])
+
+
+def test_two_budgets_are_refused_unless_equal():
+    message = refusal(kv_budget=0.2, kv_policy_config={"budget": 0.3})
+    assert all(word in message for word in ["--kv-budget", "0.2", "0.3", "--kv-policy-config"])
+    assert build_policy("vlcache", 0.2, {"budget": 0.2}).budget == 0.2
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "option, value, allowed",
+    [
+        ("budget", 0.0, "in (0, 1]"),
+        ("budget", 1.01, "in (0, 1]"),
+        ("budget", NAN, "in (0, 1]"),
+        ("budget", "0.1", "a number"),
+        ("budget", True, "a number"),
+        ("budget", None, "a number"),
+        ("recent_fraction", -0.1, "in [0, 1]"),
+        ("recent_fraction", 1.1, "in [0, 1]"),
+        ("recent_fraction", NAN, "in [0, 1]"),
+        ("min_rows", 0, "at least 1"),
+        ("min_rows", 4.0, "an integer"),
+        ("min_rows", True, "an integer"),
+        ("max_rows", 15, "at least min_rows"),
+        ("voting", "newest", "post_vision, last_turn"),
+        ("voting", 3, "a string"),
+        ("min_prompt_tokens", 9, "at least"),
+        ("modality_floors", ["text"], "an object"),
+        ("modality_floors", {"words": 1.0}, "text, image, video, audio, system"),
+        ("modality_floors", {"merged": 1.0}, "text, image, video, audio, system"),
+        ("modality_floors", {"text": 1.5}, "in [0, 1]"),
+        ("modality_floors", {"text": "all"}, "in [0, 1]"),
+        ("modality_floors", {"text": True}, "in [0, 1]"),
+        ("compact_always", 1, "true or false"),
+        ("p", 0.0, "in (0, 1)"),
+        ("p", 1.0, "in (0, 1)"),
+        ("p", "1%", "a number"),
+        ("renormalise", "no", "true or false"),
+    ],
+)
+def test_wrong_values_are_refused_naming_option_value_and_range(option, value, allowed):
+    message = refusal(kv_policy_config={option: value})
+    (shown,) = value.items() if isinstance(value, dict) else [(value, value)]
+    assert "--kv-policy vlcache" in message and option in message and allowed in message
+    assert any(repr(part) in message for part in shown)
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.003, 0.0035, 1 / 300])
+def test_small_budgets_name_a_prompt_length_that_is_accepted(budget):
+    """Below it a layer would keep no token."""
+    message = refusal(kv_budget=budget)
+    stated = int(message.split(" = ")[1].split(",")[0])
+    assert VLCache(budget=budget, min_prompt_tokens=stated).max_total(stated, 28) >= 28

@@ -1,0 +1,266 @@
+"""Every kernel and its loop twin against float64, with poison in what must not be read."""
+
+import math
+from importlib import import_module
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sglang_vlkv import kernels
+
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small shapes: threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def twins(op: str) -> pytest.MarkDecorator:
+    """Parametrises ``kernel`` over what ``kernels/<op>`` exports and its reference."""
+    modules = [import_module(f"{kernels.__name__}.{op}{twin}") for twin in ("", ".reference")]
+    return pytest.mark.parametrize("kernel", modules, ids=["exported", "reference"])
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def visible(num_rows: int, num_keys: int) -> torch.Tensor:
+    """``[R, n]``: what the last R of n positions see."""
+    return torch.ones(num_rows, num_keys, dtype=torch.bool).tril(num_keys - num_rows)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, ...]:
+    """The last R of n positions attend causally, in the inputs' dtype: out ``[R, Hq, D]`` and
+    weights ``[Hq, R, n]``."""
+    (num_rows, num_q_heads, dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
+    grouped = q.transpose(0, 1).reshape(num_kv_heads, -1, dim)  # [Hkv, G * R, D]
+    logits = (grouped @ k.permute(1, 2, 0) * scale).view(num_q_heads, num_rows, num_keys)
+    weights = logits.masked_fill(~visible(num_rows, num_keys), -math.inf).softmax(-1)
+    out = weights.view(num_kv_heads, -1, num_keys) @ v.transpose(0, 1)
+    return out.view(num_q_heads, num_rows, dim).transpose(0, 1), weights
+
+
+def assert_as_accurate_as_torch(actual, q, k, v, scale):
+    """At most twice the error of plain PyTorch in the same dtype."""
+    exact, _ = attend(q.double(), k.double(), v.double(), scale)
+    plain, _ = attend(q, k, v, scale)
+    assert actual.dtype == q.dtype and actual.shape == q.shape
+    assert (actual - exact).norm() <= 2 * (plain - exact).norm()
+
+
+# n, R, Hq, Hkv, D
+SHAPES = [(63, 17, 8, 2, 100), (63, 63, 8, 2, 100), (130, 16, 7, 1, 64), (41, 1, 3, 3, 5), (1, 1, 4, 2, 8)]
+
+
+@twins("post_vision")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, rows, hq, hkv, dim", SHAPES)
+def test_scores_are_column_sums_and_zeros_are_relative_to_the_rows_maximum(
+    kernel, dtype, n, rows, hq, hkv, dim
+):
+    q, k = normal(rows, hq, dim, dtype=dtype) * 3, normal(n, hkv, dim, seed=1, dtype=dtype)
+    p, scale = 0.05, dim**-0.5
+    _, weights = attend(q.double(), k.double(), k.double(), scale)
+    result = kernel.post_vision_scores(q, k, scale, p)
+
+    expected = weights.view(hkv, hq // hkv, rows, n).sum((1, 2)).float()
+    assert result.scores.dtype == torch.float32
+    torch.testing.assert_close(result.scores, expected, rtol=1e-5, atol=1e-6)
+
+    seen, relative = visible(rows, n), weights / weights.amax(-1, keepdim=True)
+    counts = [int(((relative < p * slack) & seen).sum()) for slack in (1 - 1e-5, 1 + 1e-5)]
+    assert type(result.zeros) is int
+    assert counts[0] <= result.zeros <= counts[1]
+    assert n < 40 or 0 < counts[0] and counts[1] < seen.sum() * hq
+
+
+@twins("post_vision")
+def test_no_entry_is_zero_where_attention_is_even(kernel):
+    """Every entry is 1 / 300 at most: far below p, but not below p of the row's maximum."""
+    result = kernel.post_vision_scores(normal(5, 4, 8), torch.zeros(300, 2, 8), 1.0, p=0.01)
+    assert result.zeros == 0
+    assert result.scores.sum(1).tolist() == pytest.approx([10.0, 10.0])
+
+
+@twins("post_vision")
+@pytest.mark.parametrize("gap, zero", [(math.log(100) - 0.01, False), (math.log(100) + 0.01, True)])
+def test_threshold_and_causality_count_by_hand(kernel, gap, zero):
+    q = torch.ones(3, 4, 1)
+    k = torch.zeros(10, 2, 1)
+    k[0] = gap
+    result = kernel.post_vision_scores(q, k, 1.0, p=0.01)
+    assert result.zeros == (4 * (7 + 8 + 9) if zero else 0)
+
+
+@twins("post_vision")
+def test_scores_are_of_unfiltered_attention(kernel):
+    """Nothing is lost where most entries count as zero: each row and query head adds 1."""
+    q, k = normal(17, 8, 100), normal(63, 2, 100, seed=1)
+    few, many = (kernel.post_vision_scores(q, k, 0.1, p) for p in (0.01, 0.9))
+    assert many.zeros > few.zeros
+    assert torch.equal(many.scores, few.scores)
+    torch.testing.assert_close(many.scores.sum(1), torch.full((2,), 17.0 * 4))
+
+
+@twins("post_vision")
+def test_a_key_reaches_only_its_own_heads(kernel):
+    q, k = normal(6, 4, 8), normal(20, 2, 8, seed=1)
+    before = kernel.post_vision_scores(q, k, 0.3, 0.01)
+    k[19, 1] = NAN
+    after = kernel.post_vision_scores(q, k, 0.3, 0.01)
+    assert torch.equal(after.scores[0], before.scores[0])
+
+
+@twins("post_vision")
+def test_views_into_poisoned_memory_score_as_their_copies(kernel):
+    q, k = torch.full((30, 9, 110), NAN), torch.full((70, 3, 110), NAN)
+    q, k = q[5:22, 1:, 3:103], k[2:65, 1:, 3:103]
+    q.copy_(normal(17, 8, 100))
+    k.copy_(normal(63, 2, 100, seed=1))
+    views = kernel.post_vision_scores(q, k, 0.1, 0.3)
+    copies = kernel.post_vision_scores(q.contiguous(), k.contiguous(), 0.1, 0.3)
+    torch.testing.assert_close(views.scores, copies.scores)
+    assert views.zeros == copies.zeros
+
+
+@pytest.mark.parametrize("tile", [1, 63, 4 * 63, 1000, 1 << 22])
+def test_scores_do_not_depend_on_the_tile(tile):
+    q, k = normal(17, 8, 100), normal(63, 2, 100, seed=1)
+    expected = kernels.post_vision.post_vision_scores(q, k, 0.1, 0.3, tile=10**9)
+    actual = kernels.post_vision.post_vision_scores(q, k, 0.1, 0.3, tile=tile)
+    torch.testing.assert_close(actual.scores, expected.scores)
+    assert actual.zeros == expected.zeros > 0
+
+
+def test_no_more_than_a_tile_of_attention_is_alive():
+    """A tile of one row of all 4 query heads of a KV head."""
+    n, rows, dim = 1000, 20, 4
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        kernels.post_vision.post_vision_scores(
+            normal(rows, 8, dim), normal(n, 2, dim, seed=1), 0.5, 0.01, tile=4 * n
+        )
+    assert 0 < largest <= max(4 * n, n * 2 * dim)
+
+
+@pytest.mark.parametrize("q, k", [((5, 4, 8), (4, 2, 8)), ((3, 5, 8), (9, 2, 8))])
+def test_impossible_shapes_are_refused(q, k):
+    with pytest.raises(ValueError, match="R <= n"):
+        kernels.post_vision.post_vision_scores(normal(*q), normal(*k), 1.0, 0.01)
+
+
+@twins("compaction")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [1, 7, 63])
+def test_each_head_gathers_its_own_rows_and_reads_no_other(kernel, dtype, kept):
+    exact = normal(63, 2, 100, dtype=dtype)
+    generator = torch.Generator().manual_seed(kept)
+    slots = torch.stack([torch.randperm(63, generator=generator)[:kept] for _ in range(2)])
+    poisoned = torch.full_like(exact, NAN)
+    for head in range(2):
+        poisoned[slots[head], head] = exact[slots[head], head]
+    rows = kernel.gather_rows(poisoned, slots)
+    assert torch.equal(rows, torch.stack([exact[slots[head], head] for head in range(2)], dim=1))
+    poisoned.fill_(NAN)
+    assert rows.isfinite().all(), "a view of the buffer, whose slots are about to be reused"
+
+
+@twins("compaction")
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_rows_are_written_to_their_cells_and_nowhere_else(kernel, id_dtype):
+    rows = normal(20, 2, 100, dtype=torch.bfloat16)
+    cells = torch.full((63, 2, 100), NAN, dtype=torch.bfloat16)
+    ids = torch.randperm(63, generator=torch.Generator().manual_seed(0))[:20]
+    kernel.scatter_rows(cells, ids.to(id_dtype), rows)
+    assert torch.equal(cells[ids], rows)
+    others = torch.ones(63, dtype=torch.bool).index_fill(0, ids, False)
+    assert cells[others].isnan().all()
+
+
+def test_rows_survive_a_move_within_one_buffer():
+    """The kept rows may be written over slots that other kept rows came from."""
+    buffer = normal(63, 2, 100)
+    before = buffer.clone()
+    slots = torch.stack([torch.arange(0, 60, 3), torch.arange(1, 61, 3)])
+    target = torch.arange(40)[1::2]
+    kernels.compaction.scatter_rows(buffer, target, kernels.compaction.gather_rows(buffer, slots))
+    for head in range(2):
+        assert torch.equal(buffer[target, head], before[slots[head], head])
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@twins("ragged_attention")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hq, hkv, dim", [(8, 2, 100), (7, 1, 64), (3, 3, 5)])
+def test_decode_attends_to_its_own_cells_and_reads_no_other(kernel, dtype, hq, hkv, dim):
+    lengths, scale = [63, 1, 17], dim**-0.5
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    indices = list(order[: sum(lengths)].to(torch.int32).split(lengths))
+    k = normal(200, hkv, dim, seed=1, dtype=dtype)
+    v = normal(200, hkv, dim, seed=2, dtype=dtype)
+    k[order[sum(lengths) :]], v[order[sum(lengths) :]] = NAN, NAN
+    q = normal(3, hq, dim, dtype=dtype) * 2
+    out = kernel.ragged_decode(q, k, v, indices, scale).to(dtype)
+    for request, cells in enumerate(indices):
+        one = slice(request, request + 1)
+        assert_as_accurate_as_torch(out[one], q[one], k[cells], v[cells], scale)
+
+
+@twins("ragged_attention")
+def test_order_and_repetition_of_requests_do_not_matter(kernel):
+    """Two requests may read the same cells, and neither sees the other's."""
+    k, v, q = normal(90, 2, 100, seed=1), normal(90, 2, 100, seed=2), normal(3, 8, 100)
+    a, b = torch.arange(0, 63, dtype=torch.int32), torch.arange(40, 90, dtype=torch.int32)
+    out = kernel.ragged_decode(q[[0, 1, 0]], k, v, [a, b, a], 0.1)
+    assert torch.equal(out[0], out[2])
+    assert torch.equal(kernel.ragged_decode(q[[1, 0]], k, v, [b, a], 0.1), out[[1, 0]])
+
+
+def test_decode_writes_to_the_given_output_and_converts_a_pool_of_another_dtype():
+    k, v = (normal(30, 2, 100, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    q, cells = normal(2, 8, 100), [torch.arange(30), torch.arange(5, 9)]
+    out = torch.full_like(q, NAN)
+    returned = kernels.ragged_attention.ragged_decode(q, k, v, cells, 0.1, out=out)
+    assert returned.data_ptr() == out.data_ptr()
+    assert torch.equal(out, kernels.ragged_attention.ragged_decode(q, k.float(), v.float(), cells, 0.1))
+
+
+# n, E: a whole prompt, a chunk behind a prefix, one row, more rows than one tile
+@pytest.mark.parametrize("n, rows", [(63, 63), (63, 17), (63, 1), (363, 300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hq, hkv, dim", [(8, 2, 100), (7, 1, 64), (3, 3, 5)])
+def test_extend_attends_causally(n, rows, dtype, hq, hkv, dim):
+    q = normal(rows, hq, dim, dtype=dtype) * 2
+    k, v = normal(n, hkv, dim, seed=1, dtype=dtype), normal(n, hkv, dim, seed=2, dtype=dtype)
+    out = kernels.ragged_attention.causal_extend(q, k, v, dim**-0.5)
+    assert_as_accurate_as_torch(out, q, k, v, dim**-0.5)
+
+
+@pytest.mark.parametrize("n, rows", [(63, 63), (63, 17), (363, 300)])
+def test_extend_does_not_see_the_future(n, rows):
+    q, k, v = normal(rows, 8, 100), normal(n, 2, 100, seed=1), normal(n, 2, 100, seed=2)
+    before = kernels.ragged_attention.causal_extend(q, k, v, 0.1)
+    cut = n - rows // 2
+    k[cut:], v[cut:] = 1e3, 1e6
+    after = kernels.ragged_attention.causal_extend(q, k, v, 0.1)
+    seen = cut - (n - rows)
+    assert torch.equal(after[:seen], before[:seen])
+    assert (after[seen:] != before[seen:]).any()

@@ -1,0 +1,197 @@
+"""Who owns which rows and cells, from a request's prefill to its end."""
+
+import weakref
+
+import pytest
+import torch
+
+from sglang_vlkv.base import LayerScores, Modality, Prompt, Selection
+from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
+from sglang_vlkv.pool import CellPool
+from sglang_vlkv.requests import Plan, Requests
+
+
+class Request:
+    """Stands for SGLang's ``Req``: known by identity."""
+
+
+PROMPT = Prompt(torch.tensor([Modality.IMAGE] * 40 + [Modality.TEXT] * 23, dtype=torch.uint8))
+COMPACTS = Plan(PROMPT, num_voting=23, max_slots=7)
+LEFT_ALONE = Plan(PROMPT, left_alone="no image or video")
+
+
+def prefill_and_compact(state) -> None:
+    state.queries[0] = [torch.zeros(1, 8, 100)]
+    state.scores[0] = LayerScores(torch.zeros(2, 63), 5)
+    state.selection = Selection([torch.arange(4).expand(2, 4)], [0.5])
+    state.cells, state.kept_slots = [torch.arange(4)], 4
+
+
+def test_plan_says_whether_it_compacts_and_where_voting_begins():
+    assert COMPACTS.compacts and not LEFT_ALONE.compacts
+    assert COMPACTS.first_voting == 40
+
+
+def test_a_state_is_found_by_its_request_and_by_its_row():
+    requests, request = Requests(), Request()
+    assert requests.get(request) is None
+    state = requests.add(request, COMPACTS)
+    assert requests.get(request) is state and requests.get(Request()) is None
+    assert state.row is None and requests.at_row(3) is None and not list(requests.holders())
+    requests.take_row(state, 3)
+    assert state.row == 3 and requests.at_row(3) is state and list(requests.holders()) == [state]
+
+
+def test_a_prompt_is_pending_until_it_is_compacted():
+    requests = Requests()
+    state, plain = requests.add(Request(), COMPACTS), requests.add(Request(), LEFT_ALONE)
+    for row, each in enumerate((state, plain)):
+        requests.take_row(each, row)
+    assert state.pending and not plain.pending
+    prefill_and_compact(state)
+    assert not state.pending
+
+
+def test_a_released_state_gives_up_its_row_and_tensors_and_keeps_what_the_report_needs():
+    requests, request = Requests(), Request()
+    state = requests.add(request, COMPACTS)
+    requests.take_row(state, 3)
+    prefill_and_compact(state)
+    selection = state.selection
+    requests.release_row(state)
+    assert requests.at_row(3) is None and not list(requests.holders())
+    assert state.row is None and state.cells is None and not state.queries and not state.scores
+    assert requests.get(request) is state
+    assert state.selection is selection and state.kept_slots == 4
+
+
+def test_a_retracted_request_starts_afresh_in_another_row():
+    requests = Requests()
+    state = requests.add(Request(), COMPACTS)
+    requests.take_row(state, 3)
+    prefill_and_compact(state)
+    requests.release_row(state)
+    requests.take_row(state, 5)
+    assert requests.at_row(5) is state and requests.at_row(3) is None
+    assert state.pending and state.selection is None and state.kept_slots == 0
+    assert not state.queries and not state.scores
+
+
+def test_a_prefill_interrupted_between_chunks_leaves_nothing_to_the_next():
+    requests = Requests()
+    state = requests.add(Request(), COMPACTS)
+    requests.take_row(state, 3)
+    state.queries[0] = [torch.zeros(1, 8, 100)]
+    requests.release_row(state)
+    requests.take_row(state, 3)
+    assert not state.queries
+
+
+def test_releasing_twice_leaves_the_rows_next_owner_alone():
+    requests = Requests()
+    first, second = (requests.add(Request(), COMPACTS) for _ in range(2))
+    requests.take_row(first, 3)
+    requests.release_row(first)
+    requests.take_row(second, 3)
+    requests.release_row(first)
+    assert requests.at_row(3) is second and second.row == 3
+
+
+def test_a_request_that_never_held_a_row_can_be_released():
+    requests, request = Requests(), Request()
+    requests.release_row(requests.add(request, COMPACTS))
+    assert not list(requests.holders())
+
+
+def test_a_state_ends_with_its_request():
+    requests, request = Requests(), Request()
+    state = requests.add(request, COMPACTS)
+    requests.take_row(state, 3)
+    requests.release_row(state)
+    kept = weakref.ref(state)
+    del state
+    assert requests.get(request) is kept() is not None
+    del request
+    assert kept() is None
+
+
+LAYERS, SIZE, HEADS, DIM = 5, 63, 2, 100
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def pool(request) -> CellPool:
+    return CellPool(SIZE, 1, request.param, HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False)
+
+
+def test_a_cell_is_the_row_of_its_layer_and_slot(pool):
+    rows = SIZE + 1  # slot 0 is SGLang's padding
+    assert len(pool.k_buffer) == len(pool.v_buffer) == LAYERS
+    pool.storage.copy_(torch.randn(pool.storage.shape))
+    for layer in range(LAYERS):
+        cells = torch.arange(rows) + layer * pool.cells_per_layer
+        for buffers, flat in ((pool.k_buffer, pool.k_cells), (pool.v_buffer, pool.v_cells)):
+            assert buffers[layer].shape == (rows, HEADS, DIM) and buffers[layer].is_contiguous()
+            assert torch.equal(flat[cells], buffers[layer])
+            flat[cells[7]] = layer
+            assert (buffers[layer][7] == layer).all()
+    assert not torch.equal(pool.k_cells[cells], pool.v_cells[cells])
+
+
+def test_sglang_finds_its_buffers_and_their_size(pool):
+    for layer in range(LAYERS):
+        assert pool.get_key_buffer(layer).data_ptr() == pool.k_buffer[layer].data_ptr()
+        assert pool.get_value_buffer(layer).data_ptr() == pool.v_buffer[layer].data_ptr()
+    assert sum(pool.get_kv_size_bytes()) == pool.storage.nbytes == pool.slot_bytes * (SIZE + 1)
+    assert pool.slot_bytes == 2 * LAYERS * HEADS * DIM * pool.dtype.itemsize
+    assert pool.tags.shape == (SIZE + 1,)
+
+
+def random_splits():
+    """Ugly splits of kept rows over layers, with the fewest slots that hold them."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        num_kept = torch.randint(1, 40, (LAYERS,), generator=generator).tolist()
+        num_slots = -(-sum(num_kept) // LAYERS)
+        yield num_kept, 1 + torch.randperm(SIZE, generator=generator)[:num_slots]
+    yield [1] * LAYERS, torch.tensor([SIZE])
+    yield [1, 1, 1, 1, 60], torch.arange(1, 14)
+
+
+def test_packed_cells_are_distinct_and_within_their_slots_layer_after_layer(pool):
+    for num_kept, slots in random_splits():
+        cells = pool.packed_cells(slots, num_kept)
+        assert [len(layer) for layer in cells] == num_kept
+        assert all(layer.dtype == torch.int32 for layer in cells)
+        used = torch.cat(cells)
+        assert len(used.unique()) == sum(num_kept)
+        bases = torch.arange(LAYERS)[:, None] * pool.cells_per_layer
+        owned = (bases + slots).flatten()  # all of one layer's buffer, then the next's
+        assert torch.equal(used.long(), owned[: len(used)])
+
+
+def test_packed_rows_come_back_and_no_other_slot_is_touched(pool):
+    for num_kept, slots in list(random_splits())[:10]:
+        pool.storage.fill_(torch.nan)
+        cells = pool.packed_cells(slots, num_kept)
+        rows = [torch.randn(k, HEADS, DIM).to(pool.dtype) for k in num_kept]
+        for at, layer_rows in zip(cells, rows):
+            scatter_rows(pool.k_cells, at, layer_rows)
+            scatter_rows(pool.v_cells, at, -layer_rows)
+        for at, layer_rows in zip(cells, rows):
+            ids = at.long().expand(HEADS, -1)
+            assert torch.equal(gather_rows(pool.k_cells, ids), layer_rows)
+            assert torch.equal(gather_rows(pool.v_cells, ids), -layer_rows)
+        others = torch.ones(SIZE + 1, dtype=torch.bool).index_fill(0, slots, False)
+        assert pool.storage[:, :, others].isnan().all()
+        assert int((~pool.storage.isnan()).sum()) == 2 * sum(num_kept) * HEADS * DIM
+
+
+def test_values_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="K and V heads of one size.*--kv-policy none"):
+        CellPool(SIZE, 1, torch.float32, HEADS, DIM, 1, "cpu", False, v_head_dim=DIM + 1)
+
+
+def test_more_cells_than_an_int32_counts_are_refused(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda shape, **_: torch.empty(1, dtype=torch.int8).expand(shape))
+    with pytest.raises(ValueError, match="int32; lower --max-total-tokens"):
+        CellPool(2**28, 1, torch.int8, 1, 1, 4, "cpu", enable_memory_saver=False)

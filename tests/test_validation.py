@@ -1,0 +1,236 @@
+"""What cannot be served is refused before the model loads, and reports do not pile up."""
+
+import argparse
+import re
+import weakref
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.configs import FalconH1Config, Qwen3NextConfig
+from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.server_args import ServerArgs
+from transformers import Qwen2Config
+
+from sglang_vlkv import report
+from sglang_vlkv.attention import COUNTERPARTS
+from sglang_vlkv.config import add_flags
+from sglang_vlkv.radix import BACKEND
+from sglang_vlkv.validation import refuse
+
+
+class Arguments(SimpleNamespace):
+    """SGLang's defaults, a few settings apart."""
+
+    def __init__(self, **settings) -> None:
+        defaults = ServerArgs(model_path="none")
+        names = ServerArgs.__struct_fields__
+        assert set(settings) <= set(names)
+        super().__init__(**{name: getattr(defaults, name) for name in names} | settings)
+
+
+def model(**settings) -> SimpleNamespace:
+    """A model with grouped-query attention and 2 KV heads, a few settings apart."""
+    defaults = dict(
+        attention_arch=AttentionArch.MHA,
+        hf_config=Qwen2Config(),
+        hf_text_config=Qwen2Config(),
+        linear_attn_registry_result=None,
+        is_draft_model=False,
+        is_hybrid_swa=False,
+        attention_chunk_size=None,
+        sliding_window_size=None,
+        is_encoder_decoder=False,
+        is_generation=True,
+        get_total_num_kv_heads=lambda: 2,
+    )
+    assert set(settings) <= set(defaults)
+    return SimpleNamespace(**defaults | settings)
+
+
+SERVABLE = dict(attention_backend="torch_native", page_size=1)
+
+# settings, what the refusal says was asked, what it says to do
+SERVERS = [
+    (dict(attention_backend="fa3"), "--attention-backend fa3", "--attention-backend torch_native"),
+    (dict(decode_attention_backend="triton"), "--attention-backend triton", "--attention-backend"),
+    (dict(prefill_attention_backend="flashinfer"), "--attention-backend flashinfer", "--attention-backend"),
+    (dict(page_size=16), "--page-size 16", "--page-size 1"),
+    (dict(speculative_algorithm="EAGLE"), "--speculative-algorithm EAGLE", "Drop the --speculative-"),
+    (dict(disaggregation_mode="prefill"), "--disaggregation-mode prefill", "Drop --disaggregation-mode"),
+    (dict(disaggregation_mode="decode"), "--disaggregation-mode decode", "Drop --disaggregation-mode"),
+    (dict(pp_size=2), "--pp-size 2", "Use --tp-size"),
+    (dict(tp_size=4), "--tp-size 4", "Use --tp-size 2 or less"),
+    (dict(attn_cp_size=2), "context parallelism", "Use --tp-size"),
+    (dict(dcp_size=2), "context parallelism", "Use --tp-size"),
+    (dict(enable_prefill_cp=True), "context parallelism", "Use --tp-size"),
+    (dict(enable_dp_attention=True), "data-parallel attention", "--dp-size"),
+    (dict(attn_dp_size=2), "data-parallel attention", "--dp-size"),
+    (dict(enable_hierarchical_cache=True), "hierarchical", "Drop --enable-hierarchical-cache"),
+    (dict(enable_lmcache=True), "external KV cache", "--enable-lmcache"),
+    (dict(enable_flexkv=True), "external KV cache", "--enable-flexkv"),
+    (dict(radix_cache_backend="mine"), "--radix-cache-backend mine", "Drop --radix-cache-backend"),
+    (dict(enable_streaming_session=True), "--enable-streaming-session", "Drop --enable-streaming-session"),
+    (dict(kv_cache_dtype="fp8_e4m3"), "--kv-cache-dtype fp8_e4m3", "--kv-cache-dtype auto"),
+    (dict(kv_cache_dtype="fp4_e2m1"), "--kv-cache-dtype fp4_e2m1", "--kv-cache-dtype auto"),
+    (dict(enable_hisparse=True), "HiSparse", "--enable-hisparse"),
+    (dict(enable_page_major_kv_layout=True), "page-major", "--enable-page-major-kv-layout"),
+    (dict(enable_unified_memory=True), "unified", "--enable-unified-memory"),
+    (dict(enable_return_routed_experts=True), "routed-expert", "--enable-return-routed-experts"),
+    (dict(enable_return_indexer_topk=True), "indexer", "--enable-return-indexer-topk"),
+    (dict(enable_pdmux=True), "--enable-pdmux", "Drop --enable-pdmux"),
+    (dict(dllm_algorithm="LowConfidence"), "diffusion", "Drop --dllm-algorithm"),
+    (dict(tokenizer_worker_num=2), "--tokenizer-worker-num 2", "--tokenizer-worker-num 1"),
+]  # fmt: skip
+
+MODELS = [
+    (dict(attention_arch=AttentionArch.MLA), "MLA"),
+    (dict(attention_arch=AttentionArch.SSM), "Mamba"),
+    (dict(hf_config=FalconH1Config()), "Mamba"),
+    (dict(hf_config=Qwen3NextConfig()), "linear-attention"),
+    (dict(linear_attn_registry_result=("spec", "config")), "linear-attention"),
+    (dict(is_hybrid_swa=True), "sliding-window"),
+    (dict(sliding_window_size=4096, hf_text_config=SimpleNamespace()), "sliding-window"),
+    (dict(sliding_window_size=4096, hf_text_config=Qwen2Config(use_sliding_window=True)), "sliding-window"),
+    (dict(attention_chunk_size=8192), "chunked attention"),
+    (dict(is_encoder_decoder=True), "encoder-decoder"),
+    (dict(is_generation=False), "embedding"),
+]
+
+VARIABLES = ["SGLANG_RUST_SERVER", "SGLANG_USE_HND_KVCACHE", "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def known_flags() -> set[str]:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    if "--kv-policy" not in parser._option_string_actions:
+        add_flags(parser)
+    return set(parser._option_string_actions)
+
+
+def refusal(cfg, model_config) -> str:
+    with pytest.raises(ValueError) as raised:
+        refuse(cfg, model_config)
+    return str(raised.value)
+
+
+def assert_helps(message: str, asked: str, instead: str, known_flags: set[str]) -> None:
+    """Says what was asked, why not, and what to do, in flags that exist."""
+    before, why, advice = re.fullmatch(
+        r"--kv-policy cannot serve (.+?): (.{10,}?)\. (.+), or use --kv-policy none\.", message
+    ).groups()
+    assert asked in before
+    assert instead in advice
+    for flag in re.findall(r"--[a-z-]+(?<!-)(?=[ ,.]|$)", message):
+        assert flag in known_flags, flag
+
+
+def test_sglangs_defaults_are_served():
+    refuse(Arguments(**SERVABLE), model())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(attention_backend=None),
+        dict(page_size=None),
+        dict(tp_size=2),
+        dict(dp_size=2),
+        dict(chunked_prefill_size=128, enable_mixed_chunk=True),
+        dict(radix_cache_backend=BACKEND),
+        dict(kv_cache_dtype="bfloat16"),
+        dict(tokenizer_worker_num=1),
+    ],
+    ids=str,
+)
+def test_what_can_be_served_is(settings):
+    refuse(Arguments(**SERVABLE | settings), model())
+
+
+@pytest.mark.parametrize("backend", COUNTERPARTS)
+def test_every_counterpart_is_served(backend):
+    refuse(Arguments(**SERVABLE | dict(attention_backend=backend)), model())
+
+
+def test_a_window_that_is_stated_but_unused_is_served():
+    refuse(
+        Arguments(**SERVABLE),
+        model(sliding_window_size=4096, hf_text_config=Qwen2Config(use_sliding_window=False)),
+    )
+
+
+@pytest.mark.parametrize("settings, asked, instead", SERVERS, ids=[str(settings) for settings, *_ in SERVERS])
+def test_server_settings_are_refused(settings, asked, instead, known_flags):
+    assert_helps(refusal(Arguments(**SERVABLE | settings), model()), asked, instead, known_flags)
+
+
+@pytest.mark.parametrize("settings, asked", MODELS, ids=[f"{asked}-{i}" for i, (_, asked) in enumerate(MODELS)])
+def test_models_are_refused(settings, asked, known_flags):
+    message = refusal(Arguments(**SERVABLE), model(**settings))
+    assert_helps(message, asked, "Serve a", known_flags)
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_environment_is_refused(name, monkeypatch, known_flags):
+    monkeypatch.setenv(name, "1")
+    assert_helps(refusal(Arguments(**SERVABLE), model()), f"{name}=1", f"Unset {name}", known_flags)
+    monkeypatch.setenv(name, "0")
+    refuse(Arguments(**SERVABLE), model())
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_reports_are_kept_for_their_age(clock):
+    store = report.ReportStore(max_age=10)
+    store.put("a", {"policy": "vlcache"})
+    clock.now += 9
+    store.put("b", {"policy": "none"})
+    assert store.get("a") == {"policy": "vlcache"} and store.get("unknown") is None
+    clock.now += 2
+    assert store.get("a") is None and store.get("b") == {"policy": "none"}
+    clock.now += 9
+    assert store.get("b") is None
+
+
+def test_the_oldest_reports_go_first_where_there_are_too_many(clock):
+    store = report.ReportStore(max_age=10, max_reports=3)
+    for name in "abcd":
+        store.put(name, {"name": name})
+    assert [store.get(name) is not None for name in "abcd"] == [False, True, True, True]
+
+
+def test_a_report_that_is_put_again_is_the_newest(clock):
+    store = report.ReportStore(max_age=10, max_reports=2)
+    store.put("a", {"try": 1})
+    clock.now += 6
+    store.put("b", {})
+    store.put("a", {"try": 2})
+    store.put("c", {})
+    assert store.get("b") is None
+    clock.now += 6
+    assert store.get("a") == {"try": 2}
+
+
+def test_expired_reports_are_not_only_hidden(clock):
+    class Report(dict):
+        """Unlike a dict, weakly referable."""
+
+    store, old = report.ReportStore(max_age=10), Report()
+    store.put("old", old)
+    kept = weakref.ref(old)
+    del old
+    assert kept() is not None
+    clock.now += 11
+    store.put("new", {})
+    assert kept() is None
