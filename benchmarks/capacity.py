@@ -3,7 +3,8 @@
 ``python -m benchmarks.capacity`` gives two servers a pool that holds about three full requests,
 ``--kv-policy none`` and VL-Cache, and sends both the same burst of requests, each with a picture
 of its own. How many ran at once is read from the log line that the server writes every decode
-step. The second workload is prompts too short to be compacted: nothing to gain.
+step. Two workloads show where little is gained: a large picture, whose vision tower costs a CPU
+more than all decoding, and prompts too short to be compacted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ ROWS = {
 }
 QUESTION = "What stands to the left of the largest object, and which colour does it have?"
 LAYERS = 4  # of examples/tinyvlm
-WORKLOADS = {"1K prompts": 1024, "short prompts": 64}  # visual tokens
+# A request's pictures and the visual tokens of each.
+WORKLOADS = {"1K prompts": (4, 256), "1K prompts, large picture": (1, 1024), "short prompts": (1, 64)}
+QUICK_WORKLOADS = {"1K prompts": (4, 256), "short prompts": (1, 64)}
 TEXT_TOKENS = len(QUESTION) + 40  # one per byte, and the chat template's
 FULL_REQUESTS = 3.3
 
@@ -88,12 +91,12 @@ def summary(bursts: list[Burst], pool: int) -> dict:
 
 
 def measure(
-    servers: dict[str, Server], visual_tokens: int, clients: int, max_new_tokens: int, rounds: int, pool: int
+    servers: dict[str, Server], prompt: tuple[int, int], clients: int, max_new_tokens: int, rounds: int, pool: int
 ) -> dict:
     bursts = {name: [] for name in servers}
     for seed in range(rounds):
         bodies = [
-            common.body(QUESTION, [common.picture(visual_tokens, seed=1000 * seed + i)], max_new_tokens)
+            common.body(QUESTION, common.pictures(*prompt, seed=1000 * seed + i), max_new_tokens)
             for i in range(clients)
         ]
         for name, server in servers.items():
@@ -123,17 +126,17 @@ def table(results: dict) -> str:
     return common.table(header + ["latency s p50", "tokens/s p50", "vs none"], lines)
 
 
-def run(clients: int, max_new_tokens: int, rounds: int) -> dict:
-    pool = round(FULL_REQUESTS * (WORKLOADS["1K prompts"] + TEXT_TOKENS + max_new_tokens))
+def run(workloads: dict, clients: int, max_new_tokens: int, rounds: int) -> dict:
+    pool = round(FULL_REQUESTS * (1024 + TEXT_TOKENS + max_new_tokens))
     flags = ["--max-total-tokens", str(pool), "--decode-log-interval", "1", "--max-running-requests", "64"]
     with common.serving(ROWS, *flags, model=CHECKPOINT) as servers:
         record = common.context(ROWS, servers, *flags)
         record |= {"clients": clients, "max_new_tokens": max_new_tokens, "rounds": rounds}
         for server in servers.values():
-            common.stream(server, common.body(QUESTION, [common.picture(1024, seed=10**6)], 16))  # warm
+            common.stream(server, common.body(QUESTION, [common.picture(256, seed=10**6)], 16))  # warm
         record["results"] = {
-            name: measure(servers, visual_tokens, clients, max_new_tokens, rounds, pool)
-            for name, visual_tokens in WORKLOADS.items()
+            name: measure(servers, prompt, clients, max_new_tokens, rounds, pool)
+            for name, prompt in workloads.items()
         }
     return record
 
@@ -146,9 +149,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="bursts per row and workload")
     args = parser.parse_args()
     if args.quick:
-        record = run(clients=12, max_new_tokens=48, rounds=1)
+        record = run(QUICK_WORKLOADS, clients=12, max_new_tokens=48, rounds=1)
     else:
-        record = run(args.clients, args.max_new_tokens, args.rounds)
+        record = run(WORKLOADS, args.clients, args.max_new_tokens, args.rounds)
     path = common.save("capacity_quick" if args.quick else "capacity", record)
     print(f"\n{table(record['results'])}\n\n{path}")
 

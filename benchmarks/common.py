@@ -105,6 +105,15 @@ def picture(visual_tokens: int, seed: int) -> Image.Image:
     return Image.fromarray(blocks).resize((side * TOKEN_PIXELS,) * 2, Image.Resampling.NEAREST)
 
 
+def pictures(count: int, visual_tokens: int, seed: int) -> list[Image.Image]:
+    """The same picture ``count`` times.
+
+    SGLang encodes it once. Different ones go through the vision tower in one pass whose dense mask
+    is quadratic in all their patches: gigabytes and minutes on a CPU at 16K visual tokens.
+    """
+    return [picture(visual_tokens, seed)] * count
+
+
 def percentiles(values: list[float]) -> dict[str, float]:
     p20, p50, p80 = np.percentile(values, [20, 50, 80])
     return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "samples": len(values)}

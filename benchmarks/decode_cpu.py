@@ -30,7 +30,7 @@ from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.select import select
 from sglang_vlkv.tinyvlm.build import build
 
-SHAPE = dict(num_layers=4, num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=512, intermediate_size=512)
+SHAPE = dict(num_layers=4, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=512)
 BUDGET = 0.1
 QUESTION = "What stands to the left of the largest object, and which colour does it have?"
 
@@ -41,15 +41,13 @@ ROWS = {
     VLCACHE: Row(("--kv-policy", "vlcache", "--kv-budget", str(BUDGET))),
 }
 
-# Visual tokens of a prompt as pictures x tokens each. The first is where there is little to gain.
+# A prompt's pictures and the visual tokens of each. The first is where there is little to gain.
 PROMPTS = {"0.3K": (1, 256), "4K": (4, 1024), "16K": (16, 1024)}
 QUICK_PROMPTS = {"0.3K": (1, 256), "2K": (2, 1024)}
 
 
 def request(prompt: tuple[int, int], max_new_tokens: int, seed: int = 0) -> dict:
-    count, visual_tokens = prompt
-    pictures = [common.picture(visual_tokens, seed=1000 * seed + i) for i in range(count)]
-    return common.body(QUESTION, pictures, max_new_tokens)
+    return common.body(QUESTION, common.pictures(*prompt, seed), max_new_tokens)
 
 
 def measure(servers: dict, prompt: tuple[int, int], rounds: int, max_new_tokens: int) -> dict:

@@ -67,10 +67,9 @@ def _clamped_shares(weights: list[float], total: float, low: float, high: float)
         if sum(at(corner)) >= total:
             break
         before = corner
-    free = [w for w in weights if low <= before * w < high and corner * w > low]
-    if free:
-        corner = before + (total - sum(at(before))) / sum(free)
-    return at(corner)
+    middle = (before + corner) / 2
+    slope = sum(w for w in weights if low < middle * w < high)
+    return at(before + (total - sum(at(before))) / slope if slope else corner)
 
 
 def clipped(weights: list[float], budget: float, num_prompt: int) -> list[int]:

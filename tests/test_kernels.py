@@ -66,7 +66,7 @@ def test_scores_are_column_sums_and_zeros_are_relative_to_the_rows_maximum(
     kernel, dtype, n, rows, hq, hkv, dim
 ):
     q, k = normal(rows, hq, dim, dtype=dtype) * 3, normal(n, hkv, dim, seed=1, dtype=dtype)
-    p, scale = 0.05, dim**-0.5
+    p, scale = 0.05, 0.7 * dim**-0.5
     _, weights = attend(q.double(), k.double(), k.double(), scale)
     result = kernel.post_vision_scores(q, k, scale, p)
 
@@ -209,9 +209,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @twins("ragged_attention")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hq, hkv, dim", [(8, 2, 100), (7, 1, 64), (3, 3, 5)])
+@pytest.mark.parametrize("hq, hkv, dim", [(8, 2, 100), (7, 1, 64), (5, 5, 40)])
 def test_decode_attends_to_its_own_cells_and_reads_no_other(kernel, dtype, hq, hkv, dim):
-    lengths, scale = [63, 1, 17], dim**-0.5
+    lengths, scale = [63, 1, 17], 0.7 * dim**-0.5
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     indices = list(order[: sum(lengths)].to(torch.int32).split(lengths))
     k = normal(200, hkv, dim, seed=1, dtype=dtype)
@@ -246,12 +246,12 @@ def test_decode_writes_to_the_given_output_and_converts_a_pool_of_another_dtype(
 # n, E: a whole prompt, a chunk behind a prefix, one row, more rows than one tile
 @pytest.mark.parametrize("n, rows", [(63, 63), (63, 17), (63, 1), (363, 300)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hq, hkv, dim", [(8, 2, 100), (7, 1, 64), (3, 3, 5)])
+@pytest.mark.parametrize("hq, hkv, dim", [(8, 2, 100), (7, 1, 64), (5, 5, 40)])
 def test_extend_attends_causally(n, rows, dtype, hq, hkv, dim):
     q = normal(rows, hq, dim, dtype=dtype) * 2
     k, v = normal(n, hkv, dim, seed=1, dtype=dtype), normal(n, hkv, dim, seed=2, dtype=dtype)
-    out = kernels.ragged_attention.causal_extend(q, k, v, dim**-0.5)
-    assert_as_accurate_as_torch(out, q, k, v, dim**-0.5)
+    out = kernels.ragged_attention.causal_extend(q, k, v, 0.7 * dim**-0.5)
+    assert_as_accurate_as_torch(out, q, k, v, 0.7 * dim**-0.5)
 
 
 @pytest.mark.parametrize("n, rows", [(63, 63), (63, 17), (363, 300)])

@@ -87,7 +87,8 @@ def build(
         seed: Seed of the weights.
         num_layers, num_heads, num_kv_heads, head_dim: Shape of the language model.
         hidden_size: Width of the residual stream, ``num_heads * head_dim`` if None. Another value
-            is for SGLang only: Transformers' Qwen2.5-VL ignores ``head_dim`` and cannot load it.
+            is for SGLang on an accelerator only: Transformers' Qwen2.5-VL, and SGLang with
+            ``--device cpu``, take ``hidden_size / num_heads`` for ``head_dim``.
         intermediate_size: Width of the MLP.
         max_position_embeddings: Context length in tokens.
         attention_scale: Standard deviation of the attention logits (natural-log units) of the

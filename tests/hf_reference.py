@@ -1,0 +1,142 @@
+"""VL-Cache recomputed from Hugging Face eager attention, independently of the product's code."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from tests.prompts import Prompt
+from tests.serving import CHECKPOINT
+
+
+class Reference:
+    """The example checkpoint in float32 with eager attention."""
+
+    def __init__(self) -> None:
+        self.processor = AutoProcessor.from_pretrained(CHECKPOINT)
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            CHECKPOINT, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        config = self.model.config
+        self.visual_ids = (config.image_token_id, config.video_token_id)
+        text = config.get_text_config()
+        self.num_layers = text.num_hidden_layers
+        self.num_heads, self.num_kv_heads = text.num_attention_heads, text.num_key_value_heads
+
+    def inputs(self, prompt: Prompt):
+        return self.processor(
+            text=[prompt.body()["text"]], images=prompt.images or None, return_tensors="pt"
+        )
+
+    @torch.no_grad()
+    def generate(self, prompt: Prompt, num_tokens: int, kept: list[list[list[int]]] | None = None):
+        """A greedy answer in the form of ``/generate``.
+
+        Args:
+            kept: ``[layer][kv head]`` positions of the prompt that decoding may attend to.
+        """
+        inputs = self.inputs(prompt)
+        length = inputs.input_ids.shape[1]
+        handles = self._restrict(kept, length) if kept else []
+        try:
+            out = self.model.generate(
+                **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = out.sequences[0, length:].tolist()
+        logprobs = [logits[0].log_softmax(-1) for logits in out.logits]
+        top = [step.topk(2) for step in logprobs]
+        return {
+            "output_ids": tokens,
+            "meta_info": {
+                "output_token_logprobs": [(float(s[t]), t) for s, t in zip(logprobs, tokens)],
+                "output_top_logprobs": [list(zip(t.values.tolist(), t.indices.tolist())) for t in top],
+            },
+        }
+
+    def _restrict(self, kept: list[list[list[int]]], length: int) -> list:
+        """Masks, layer by layer and head by head, what decoding must not see of the prompt."""
+        group = self.num_heads // self.num_kv_heads
+
+        def hook_of(layer: int):
+            visible = torch.zeros(self.num_heads, length, dtype=torch.bool)
+            for head in range(self.num_heads):
+                visible[head, kept[layer][head // group]] = True
+
+            def hook(_module, args, kwargs):
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                if hidden.shape[1] > 1:
+                    return None
+                cache = kwargs["past_key_values"]
+                num_keys = cache.get_seq_length(layer) + 1
+                allowed = torch.ones(1, self.num_heads, 1, num_keys, dtype=torch.bool)
+                allowed[0, :, 0, :length] = visible
+                mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+                return args, kwargs | {"attention_mask": mask}
+
+            return hook
+
+        layers = self.model.model.language_model.layers
+        return [
+            layer.self_attn.register_forward_pre_hook(hook_of(i), with_kwargs=True)
+            for i, layer in enumerate(layers)
+        ]
+
+    @torch.no_grad()
+    def scores(self, prompt: Prompt, p: float = 0.01, min_rows: int = 16, max_rows: int = 256):
+        """Token scores ``[L][Hkv, n]`` float64 and sparsities ``[L]``."""
+        inputs = self.inputs(prompt)
+        ids = inputs.input_ids[0]
+        n = len(ids)
+        visual = [i for i, token in enumerate(ids.tolist()) if token in self.visual_ids]
+        rows = min(max(n - (visual[-1] + 1), min_rows), max_rows, n)
+        attentions = self.model(**inputs, output_attentions=True).attentions
+        scores, sparsity = [], []
+        for layer in attentions:
+            attention = layer[0, :, n - rows :].double()  # [Hq, R, n]
+            zeros = 0
+            for row in range(rows):
+                seen = attention[:, row, : n - rows + row + 1]
+                zeros += int((seen < p * seen.amax(1, keepdim=True)).sum())
+            valid = sum(n - rows + row + 1 for row in range(rows))
+            sparsity.append(zeros / (self.num_heads * valid))
+            scores.append(attention.sum(1).view(self.num_kv_heads, -1, n).sum(1))
+        return scores, sparsity
+
+
+def reference_budgets(sparsity: list[float], budget: float, n: int) -> list[int]:
+    """ALGORITHMS 1.5, by bisection in exact fractions."""
+    num_layers = len(sparsity)
+    total = round(budget * n * num_layers)
+    low = min(max(1, math.ceil(n / 100)), total // num_layers)
+    weights = [Fraction(1 - gamma) for gamma in sparsity]
+
+    def shares(t: Fraction) -> list[Fraction]:
+        return [min(max(t * w, Fraction(low)), Fraction(n)) for w in weights]
+
+    below, above = Fraction(0), Fraction(n) / min(weights)
+    for _ in range(80):
+        middle = (below + above) / 2
+        below, above = (middle, above) if sum(shares(middle)) < total else (below, middle)
+    real = shares(above)
+    counts = [int(share) for share in real]
+    by_fraction = sorted(range(num_layers), key=lambda l: (-(real[l] - counts[l]), l))
+    for layer in by_fraction[: total - sum(counts)]:
+        counts[layer] += 1
+    return counts
+
+
+def reference_selection(scores: torch.Tensor, count: int, recent_fraction: float = 0.1) -> list[int]:
+    """One head's kept positions: the recent window, then by score, ties to the lower position."""
+    n = len(scores)
+    recent = min(max(1, int(recent_fraction * count)), count)
+    window = list(range(n - recent, n))
+    values = scores.tolist()
+    others = sorted(range(n - recent), key=lambda i: (-values[i], i))
+    return sorted(others[: count - recent] + window)

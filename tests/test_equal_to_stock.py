@@ -1,0 +1,79 @@
+"""Keeping everything, and being left alone, give stock SGLang's answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import POOL
+from tests.equality import assert_same
+from tests.prompts import draw_prompt
+from tests.serving import Server, report
+
+KINDS = ("image", "images", "video", "text")
+PROMPTS = [draw_prompt(seed, kind) for kind in KINDS for seed in range(3 if kind != "video" else 1)]
+BODIES = [prompt.body(24) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """Budget 1: every row is gathered, moved to other cells and decoded from there."""
+    config = {"compact_always": True, "min_prompt_tokens": 16}
+    flags = ("--kv-policy", "vlcache", "--kv-budget", "1.0", "--kv-policy-config", json.dumps(config))
+    with Server(*POOL, *flags) as server:
+        yield server
+        assert server.alive(), server.log()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def expected(stock):
+    answers = [stock.many([body])[0] for body in BODIES]
+    assert len({tuple(a["output_ids"]) for a in answers}) == len(answers), "outputs do not vary"
+    assert all(len(set(a["output_ids"])) > 3 for a in answers), "a degenerate model proves nothing"
+    return answers
+
+
+def test_stock_alone_and_in_a_batch(stock, expected, tolerance):
+    stock.flush()
+    assert_same(expected, stock.many(BODIES), tolerance, "stock alone against stock in a batch")
+
+
+def test_budget_of_one_alone(everything, expected, tolerance):
+    answers = [everything.many([body])[0] for body in BODIES]
+    for prompt, answer in zip(PROMPTS, answers):
+        seen = report(answer)
+        if prompt.images or prompt.video:
+            assert seen["policy"] == "vlcache"
+            assert seen["kept_per_layer"] == [seen["prompt_tokens"]] * 4
+            assert seen["kept_bytes"] == seen["full_bytes"]
+        else:
+            assert (seen["policy"], seen["reason"]) == ("none", "no image or video")
+    assert_same(expected, answers, tolerance, "budget 1 alone")
+
+
+def test_budget_of_one_in_a_batch(everything, expected, tolerance):
+    everything.flush()
+    assert_same(expected, everything.many(BODIES), tolerance, "budget 1 in a batch")
+
+
+def test_left_alone_beside_compacted_ones(vlcache, expected, tolerance):
+    vlcache.flush()
+    answers = vlcache.many(BODIES)
+    alone = [i for i, prompt in enumerate(PROMPTS) if not (prompt.images or prompt.video)]
+    compacted = [i for i in range(len(PROMPTS)) if i not in alone]
+    assert all(report(answers[i])["policy"] == "vlcache" for i in compacted)
+    assert_same(
+        [expected[i] for i in alone], [answers[i] for i in alone], tolerance, "text beside compacted"
+    )
+
+
+def test_policy_none_is_stock(expected, tolerance):
+    with Server(*POOL, "--kv-policy", "none") as server:
+        answers = server.many(BODIES)
+        info = server.info()
+        assert server.alive(), server.log()[-4000:]
+    assert info["kv_policy"] == {"policy": "none"}
+    assert info["radix_cache_backend"] is None
+    assert all("kv_policy" not in answer["meta_info"] for answer in answers)
+    assert_same(expected, answers, tolerance, "policy none")
