@@ -29,6 +29,8 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.attention_backend = "torch_native"
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
+        # An idle scheduler polls without a pause, on a core that the rest of the server needs.
+        server_args.sleep_on_idle = True
 
     def get_device(self, device_id: int = 0) -> str:
         """A string: argument resolution splits it at the colon."""

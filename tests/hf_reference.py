@@ -12,6 +12,9 @@ from tests.prompts import Prompt
 from tests.serving import CHECKPOINT
 
 
+torch.set_num_threads(1)  # threads that wait for each other starve the servers beside them
+
+
 class Reference:
     """The example checkpoint in float32 with eager attention."""
 

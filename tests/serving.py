@@ -37,7 +37,7 @@ class Server:
     Args:
         flags: added to the command line.
         env: added to the environment; SGLang's leak checks are on unless set otherwise.
-        module: what ``python -m`` runs.
+        command: what Python runs.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Server:
         model: Path | str = CHECKPOINT,
         env: dict[str, str] | None = None,
         python: str = sys.executable,
+        command: tuple[str, ...] = ("-m", "sglang.launch_server"),
         cwd: Path = ROOT,
         start_timeout: float = 240.0,
     ) -> None:
@@ -53,7 +54,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = Path(tempfile.mkstemp(prefix="server-", suffix=".log")[1])
         command = [
-            python, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", "float32",
+            python, *command, "--model-path", str(model), "--dtype", "float32",
             "--host", "127.0.0.1", "--port", str(self.port), "--mem-fraction-static", "0.3",
             "--random-seed", "0", *flags,
         ]  # fmt: skip

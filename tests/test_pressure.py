@@ -1,0 +1,198 @@
+"""Nothing leaks and nothing is lost, whatever ends, interrupts or crowds out a request."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+from tests.prompts import Prompt, draw_prompt, picture, words
+from tests.serving import LEAK_CHECKS, Server, report
+
+VLCACHE = ("--kv-policy", "vlcache")
+POSITIONS = {"kv_report": "positions"}
+
+
+def assert_sound(server: Server) -> None:
+    """Idle, strictly checked by SGLang itself, and still answering."""
+    server.flush()
+    time.sleep(1.5)  # the idle check runs when the loop comes round
+    assert server.alive(), server.log()[-4000:]
+    prompt = draw_prompt(0, "image")
+    assert report(server.generate(prompt.text, prompt.images))["policy"] == "vlcache"
+    assert "leak" not in server.log().lower().replace("leak_", "")
+
+
+def peak_running(log: str) -> int:
+    return max(int(count) for count in re.findall(r"#running-req: (\d+)", log))
+
+
+@pytest.fixture(scope="module")
+def tight():
+    """A pool that three of the larger prompts fill; decoding may run it dry."""
+    flags = ("--max-total-tokens", "2500", "--schedule-conservativeness", "0.01")
+    with Server(*flags, *VLCACHE) as server:
+        yield server
+        assert_sound(server)
+
+
+def test_one_request_that_fills_the_pool(tight):
+    rng = random.Random(5)
+    prompt = Prompt(words(rng, 8), [picture(rng, 28 * 48, 28 * 49)])
+    answer = tight.generate(prompt.text, prompt.images, max_new_tokens=64)
+    seen = report(answer)
+    assert 2350 < seen["prompt_tokens"] < 2450
+    assert seen["policy"] == "vlcache" and seen["retractions"] == 0
+    assert seen["kept_bytes"] < 0.11 * seen["full_bytes"]
+    assert answer["meta_info"]["completion_tokens"] == 64
+
+
+def test_a_burst_of_twenty_does_not_pile_up(tight):
+    tight.flush()
+    before = len(tight.log())
+    bodies = [draw_prompt(seed, "image").body(48) for seed in range(200, 220)]
+    answers = tight.many(bodies)
+    log = tight.log()[before:]
+    held = sum(report(answer)["prompt_tokens"] for answer in answers)
+    assert held > 2 * 2500, "twenty full prompts would fit; the test sees nothing"
+    assert all(report(answer)["policy"] == "vlcache" for answer in answers)
+    assert all(report(answer)["retractions"] == 0 for answer in answers)
+    assert peak_running(log) >= 12
+    assert "Retract" not in log and "retracted" not in log
+
+
+def test_retracted_requests_complete_and_select_again(tight):
+    prompts = [draw_prompt(seed, "image") for seed in range(300, 312)]
+    alone = []
+    for prompt in prompts:
+        tight.flush()
+        alone.append(tight.many([prompt.body(4, custom=POSITIONS)])[0])
+    tight.flush()
+    crowd = tight.many([prompt.body(300, custom=POSITIONS, ignore_eos=False) for prompt in prompts])
+    retracted = [answer for answer in crowd if report(answer)["retractions"]]
+    assert "KV cache pool is full. Retract requests." in tight.log()
+    assert retracted, "the pool never ran dry"
+    for solo, answer in zip(alone, crowd, strict=True):
+        assert answer["meta_info"]["finish_reason"]["type"] in ("length", "stop")
+        assert report(answer)["prompt_tokens"] == report(solo)["prompt_tokens"]
+        assert report(answer)["kept_per_layer"] == report(solo)["kept_per_layer"]
+        pairs = zip(sum(report(answer)["positions"], []), sum(report(solo)["positions"], []))
+        shared = [len(set(a) & set(b)) / len(a) for a, b in pairs]
+        assert min(shared) >= 0.9 and sum(shared) / len(shared) >= 0.98
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
+def test_pause_and_continue(tight, mode):
+    bodies = [draw_prompt(seed, "image").body(200) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = pool.map(lambda body: tight.post("/generate", body), bodies)
+        time.sleep(1.0)
+        assert tight.post("/pause_generation", {"mode": mode}).status_code == 200
+        time.sleep(0.5)
+        assert tight.post("/continue_generation", {}).status_code == 200
+        answers = list(answers)
+    assert_sound(tight)
+    if mode != "abort":
+        assert [a.json()["meta_info"]["completion_tokens"] for a in answers] == [200] * 6
+
+
+CONFIGURATIONS = {
+    "overlap": (),
+    "mixed chunks": ("--enable-mixed-chunk", "--chunked-prefill-size", "192"),
+    "no overlap": ("--disable-overlap-schedule", "--chunked-prefill-size", "256"),
+    "no radix cache": ("--disable-radix-cache",),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_randomised_mixed_requests(name):
+    """250 requests for each of four configurations: images, video, text, one-token answers,
+    aborts, disconnects, pauses and flushes, from eight clients, in a pool of a few prompts."""
+    flags = ("--max-total-tokens", "2600", "--schedule-conservativeness", "0.05")
+    prompts = [draw_prompt(seed, kind) for kind in ("image", "images", "text") for seed in range(5)]
+    prompts.append(draw_prompt(0, "video"))
+    counts: dict[str, int] = {}
+    with Server(*flags, *VLCACHE, *CONFIGURATIONS[name]) as server:
+
+        def one(index: int) -> None:
+            rng = random.Random(f"{name}{index}")
+            prompt = rng.choice(prompts)
+            length = rng.choice([1, 2, 8, 24, 80])
+            body = prompt.body(length, rid=f"fuzz-{index}", ignore_eos=rng.random() < 0.5)
+            body["return_logprob"] = rng.random() < 0.3
+            fate = rng.choices(["finish", "abort", "disconnect", "pause", "flush"], [70, 10, 12, 4, 4])[0]
+            if fate == "disconnect":
+                body["stream"] = True
+                stream = requests.post(server.url + "/generate", json=body, stream=True, timeout=300)
+                next(stream.iter_lines(), None)
+                stream.close()
+            elif fate == "abort":
+                with ThreadPoolExecutor(1) as aside:
+                    answer = aside.submit(server.post, "/generate", body)
+                    time.sleep(rng.random() * 0.5)
+                    server.post("/abort_request", {"rid": body["rid"]})
+                    assert answer.result().status_code in (200, 400, 503)
+            else:
+                if fate == "flush":
+                    server.post("/flush_cache")  # refused while busy
+                if fate == "pause":
+                    server.post("/pause_generation", {"mode": rng.choice(["in_place", "retract"])})
+                    server.post("/continue_generation", {})
+                response = server.post("/generate", body)
+                assert response.status_code == 200, response.text
+                answer = response.json()
+                reason = answer["meta_info"]["finish_reason"]
+                assert reason["type"] in ("length", "stop"), reason
+                seen = report(answer)
+                visual = bool(prompt.images or prompt.video)
+                tokens = answer["meta_info"]["completion_tokens"]
+                if not visual:
+                    assert seen["reason"] == "no image or video"
+                elif tokens > 1:
+                    assert seen["policy"] == "vlcache", seen
+                    n = seen["prompt_tokens"]
+                    assert sum(seen["kept_per_layer"]) == round(0.1 * n * 4)
+            counts[fate] = counts.get(fate, 0) + 1
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(one, range(250)))
+        assert sum(counts.values()) == 250 and len(counts) == 5
+        assert_sound(server)
+        print(f"{name}: {counts}, peak running {peak_running(server.log())}, "
+              f"retractions {server.log().count('Retract requests')}")  # fmt: skip
+
+
+LEAK = '''
+def register():
+    from sglang_vlkv.compaction import Compactor
+    place = Compactor._place
+    def leaky(self, item):
+        self._tree.token_to_kv_pool_allocator.alloc(1)
+        return place(self, item)
+    Compactor._place = leaky
+'''
+
+
+@pytest.mark.parametrize("checks", [LEAK_CHECKS, {**LEAK_CHECKS, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "0"}])
+def test_a_planted_leak_of_one_slot_is_caught(tmp_path, checks):
+    (tmp_path / "leaky.py").write_text(LEAK)
+    info = tmp_path / "leaky-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaky\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nzz_leaky = leaky:register\n")
+    env = {"PYTHONPATH": str(tmp_path), "SGLANG_PLUGINS": "vlkv,vlkv_cpu,zz_leaky"} | checks
+    with Server("--max-total-tokens", "2500", *VLCACHE, env=env) as server:
+        prompt = draw_prompt(0, "image")
+        try:
+            server.generate(prompt.text, prompt.images)
+        except (requests.RequestException, RuntimeError):
+            pass
+        deadline = time.monotonic() + 30
+        while server.alive() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not server.alive(), "the leak went unnoticed"
+        assert re.search(r"leak detected", server.log(), re.IGNORECASE)

@@ -1,0 +1,220 @@
+"""Starting: flags, refusals, other ways in, an installed wheel, the wrong SGLang."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.prompts import draw_prompt
+from tests.serving import CHECKPOINT, ROOT, SMALL_SERVER, Server, report
+
+RESOLVE = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+for flags in json.loads(sys.argv[1]):
+    try:
+        args = prepare_server_args(flags)
+        args.resolve_once()
+        print("RESULT", json.dumps("accepted"))
+    except SystemExit as error:
+        print("RESULT", json.dumps(f"exit {error.code}"))
+    except Exception as error:
+        print("RESULT", json.dumps(f"{type(error).__name__}: {error}"))
+"""
+
+
+def resolve_all(commands: list[list[str]], tmp_path: Path) -> list[str]:
+    """What SGLang's own argument resolution, which runs before anything loads, says to each."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RESOLVE, json.dumps(commands)],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    results = [json.loads(line[7:]) for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == len(commands), run.stdout + run.stderr
+    return results
+
+
+def checkpoint_like(folder: Path, **changes) -> str:
+    """The example checkpoint's configuration with ``changes``; enough to be refused."""
+    folder.mkdir()
+    for file in CHECKPOINT.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"].update(changes.pop("text_config", {}))
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+def test_what_cannot_be_served_is_refused_before_loading(tmp_path):
+    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+    refused = {
+        "--page-size": ["--page-size", "16"],
+        "--speculative-algorithm": ["--speculative-algorithm", "NGRAM"],
+        "--disaggregation-mode": ["--disaggregation-mode", "prefill"],
+        "--pp-size": ["--pp-size", "2"],
+        "hierarchical": ["--enable-hierarchical-cache"],
+        "--attention-backend triton": ["--attention-backend", "triton"],
+        "--enable-streaming-session": ["--enable-streaming-session"],
+        "--kv-cache-dtype": ["--kv-cache-dtype", "fp8_e5m2"],
+        "KV heads": ["--tp-size", "4"],
+        "in (0, 1]": ["--kv-budget", "1.5"],
+        "it must be in (0, 1]": ["--kv-budget", "0"],
+        "vlcache knows budget, recent_fraction": ["--kv-policy-config", '{"recent": 0.2}'],
+        "neither a JSON object nor a readable file": ["--kv-policy-config", "no/such/file.json"],
+        "not valid JSON": ["--kv-policy-config", "{budget: 1}"],
+        "max_rows": ["--kv-policy-config", '{"max_rows": 4}'],
+        "sliding-window": ["--model-path", checkpoint_like(tmp_path / "sliding", text_config=sliding)],
+    }
+    base = ["--model-path", str(CHECKPOINT), "--kv-policy", "vlcache"]
+    commands = [base + flags for flags in refused.values()]
+    for said, result, flags in zip(refused, resolve_all(commands, tmp_path), refused.values()):
+        print(flags, "->", result)
+        assert result != "accepted", flags
+        assert said in result, (flags, result)
+        assert "\n" not in result, "one sentence, please"
+
+
+def test_what_can_be_served_is_accepted(tmp_path):
+    config = tmp_path / "policy.json"
+    config.write_text('{"p": 0.02, "modality_floors": {"text": 1.0}}')
+    yaml = tmp_path / "server.yaml"
+    yaml.write_text(f"model-path: {CHECKPOINT}\nkv-policy: vlcache\nkv-budget: 0.2\n")
+    base = ["--model-path", str(CHECKPOINT)]
+    commands = [
+        base,
+        base + ["--page-size", "16"],
+        base + ["--kv-policy", "vlcache"],
+        base + ["--kv-policy", "vlcache", "--kv-policy-config", str(config)],
+        base + ["--kv-policy", "vlcache", "--enable-mixed-chunk"],
+        base + ["--kv-policy", "vlcache", "--disable-radix-cache"],
+        ["--config", str(yaml)],
+    ]
+    assert resolve_all(commands, tmp_path) == ["accepted"] * len(commands)
+
+
+def test_help_and_unknown_policy():
+    command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server"]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+    for flag in ("--kv-policy {none,vlcache}", "--kv-budget", "--kv-policy-config"):
+        assert flag in helped.stdout
+    unknown = subprocess.run(
+        [*command, "--model-path", str(CHECKPOINT), "--kv-policy", "vlcash"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert unknown.returncode != 0
+    assert "invalid choice: 'vlcash'" in unknown.stderr and "vlcache" in unknown.stderr
+
+
+ENGINE = """
+import base64, json, sys
+import sglang as sgl
+if __name__ == "__main__":
+    engine = sgl.Engine(
+        model_path=sys.argv[1], dtype="float32", max_total_tokens=4000, mem_fraction_static=0.3,
+        kv_policy="vlcache", kv_budget=0.2, kv_policy_config={"recent_fraction": 0.5},
+    )
+    body = json.loads(sys.argv[2])
+    answer = engine.generate(
+        prompt=body["text"], image_data=body["image_data"], sampling_params=body["sampling_params"]
+    )
+    print("RESULT", json.dumps(answer["meta_info"]["kv_policy"]))
+    engine.shutdown()
+"""
+
+
+def test_engine_takes_the_options_as_keywords(tmp_path):
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE)
+    body = draw_prompt(0, "image").body(8)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(CHECKPOINT), json.dumps(body)],
+        capture_output=True, text=True, timeout=300, env=os.environ | SMALL_SERVER,
+    )  # fmt: skip
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, run.stdout[-2000:] + run.stderr[-4000:]
+    seen = json.loads(lines[0][7:])
+    assert seen["budget"] == 0.2
+    assert sum(seen["kept_per_layer"]) == round(0.2 * seen["prompt_tokens"] * 4)
+
+
+def test_sglang_serve_and_yaml(tmp_path):
+    yaml = tmp_path / "server.yaml"
+    yaml.write_text("kv-policy: vlcache\nkv-budget: 0.2\nmax-total-tokens: 4000\n")
+    with Server("--config", str(yaml), command=("-m", "sglang.cli.main", "serve")) as server:
+        info = server.info()
+        assert (info["kv_policy"]["policy"], info["kv_policy"]["budget"]) == ("vlcache", 0.2)
+        prompt = draw_prompt(0, "image")
+        assert report(server.generate(prompt.text, prompt.images))["budget"] == 0.2
+
+
+def test_another_sglang_version_is_refused(tmp_path):
+    info = tmp_path / "sglang-0.5.22.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.22\n")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", "--model-path", str(CHECKPOINT)],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "expected sglang 0.5.23, found 0.5.22" in run.stderr
+    assert "pip install 'sglang==0.5.23'" in run.stderr
+
+
+def test_a_changed_upstream_symbol_is_refused():
+    code = """
+    import sglang.srt.managers.scheduler as scheduler
+    del scheduler.Scheduler._should_defer_prefill
+    scheduler.Scheduler.get_prefill_adder_class = lambda this: None
+    from sglang_vlkv.plugin import mismatches
+    print("\\n".join(mismatches()))
+    """
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "expected sglang.srt.managers.scheduler.Scheduler._should_defer_prefill, found none" in run.stdout
+    assert "get_prefill_adder_class to take self, found (this)" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> tuple[Path, str]:
+    """The built wheel in a virtual environment that has SGLang but not the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)],
+        check=True, timeout=300,
+    )  # fmt: skip
+    [wheel] = folder.glob("sglang_vlkv-*.whl")
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv" / "bin" / "python"
+    target = subprocess.check_output(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
+    ).strip()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, str(wheel)],
+        check=True, timeout=300,
+    )  # fmt: skip
+    Path(target, "stock.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return folder, str(python)
+
+
+def test_the_wheel_serves_outside_the_checkout(installed):
+    folder, python = installed
+    where = subprocess.check_output(
+        [python, "-c", "import sglang_vlkv; print(sglang_vlkv.__file__)"], text=True, cwd=folder
+    )
+    assert str(folder) in where
+    with Server("--max-total-tokens", "4000", "--kv-policy", "vlcache", python=python, cwd=folder) as server:
+        prompt = draw_prompt(0, "image")
+        assert report(server.generate(prompt.text, prompt.images))["policy"] == "vlcache"
