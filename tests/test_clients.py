@@ -136,9 +136,9 @@ def test_openai_completions(vlcache, client):
     assert (seen["policy"], seen["reason"]) == ("none", "no image or video")
 
 
-def test_the_curl_line_of_the_readme(vlcache, tmp_path):
+def test_the_curl_line_of_the_readme(vlcache):
     readme = (ROOT / "README.md").read_text()
-    [command] = re.findall(r"```bash\n(python3? -c .*?curl .*?)```", readme, re.DOTALL)
+    [command] = re.findall(r"```bash\n(curl .*?chat/completions.*?)```", readme, re.DOTALL)
     command = command.replace("http://127.0.0.1:30000", vlcache.url)
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=120)
     answer = json.loads(run.stdout)
