@@ -6,12 +6,16 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
+import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import requests
@@ -59,13 +63,27 @@ def serving(rows: dict[str, Row], *flags: str, model: Path | str) -> Iterator[di
 
     An idle server sleeps, so only the one that is asked uses the machine.
     """
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(
-                Server(*flags, "--sleep-on-idle", *row.flags, model=model, env=ENVIRONMENT | row.env)
-            )
-            for name, row in rows.items()
-        }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+
+    def start(row: Row) -> Server:
+        return Server(*flags, "--sleep-on-idle", *row.flags, model=model, env=ENVIRONMENT | row.env)
+
+    with ExitStack() as stack, ThreadPoolExecutor(len(rows)) as starters:
+        starting = {name: starters.submit(start, row) for name, row in rows.items()}
+        for future in starting.values():
+            if future.exception() is None:
+                stack.enter_context(future.result())
+        yield {name: future.result() for name, future in starting.items()}
+
+
+def in_own_process(function: Callable, *arguments):
+    """``function(*arguments)`` in a new process with the servers' environment.
+
+    libgomp reads it when torch is imported, which here was before this could run.
+    """
+    os.environ.update(ENVIRONMENT)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def body(text: str, images: list[Image.Image], max_new_tokens: int) -> dict:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from sglang_vlkv import config
+
+logger = logging.getLogger(__name__)
 
 
 def add_flags(_result, parser) -> None:
@@ -59,8 +63,9 @@ def _validate(server_args, previous) -> None:
     from sglang_vlkv.validation import refuse
 
     previous(server_args)
-    policy = config.policy_of(server_args)
-    if policy is None:
+    if config.policy_of(server_args) is None:
+        if any(getattr(server_args, name, None) for name in ("kv_budget", "kv_policy_config")):
+            logger.warning("--kv-budget and --kv-policy-config have no effect without --kv-policy.")
         return
     refuse(resolving_view(server_args), model_config_of(server_args))
     declare_resolution(server_args, "sglang_vlkv", radix_cache_backend=BACKEND)

@@ -135,13 +135,13 @@ class Policy:
             self.budget * self.min_prompt_tokens >= 1,
             "min_prompt_tokens",
             self.min_prompt_tokens,
-            f"at least 1 / budget = {1 / self.budget:.0f}, so that every layer keeps a token",
+            f"at least 1 / budget = {math.ceil(1 / self.budget)}, so that every layer keeps a token",
         )
         names = [m.name.lower() for m in Modality if m is not Modality.MERGED]
         for name, fraction in self.modality_floors.items():
             require(name in names, "modality_floors", name, f"one of {', '.join(names)}")
-            is_fraction = isinstance(fraction, (int, float)) and 0 <= fraction <= 1
-            require(is_fraction, f"modality_floors[{name}]", fraction, "in [0, 1]")
+            is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+            require(is_number and 0 <= fraction <= 1, f"modality_floors[{name}]", fraction, "in [0, 1]")
 
     def num_voting(self, prompt: Prompt) -> int:
         """R: how many of the last prompt positions vote."""

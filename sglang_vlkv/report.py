@@ -38,8 +38,8 @@ def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
     }
     selection = state.selection
     if selection is None:
-        reason = state.plan.left_alone or "finished at its first token"
-        return report | {"reason": reason}
+        early = "finished at its first token" + " after a retraction" * bool(req.retraction_count)
+        return report | {"reason": state.plan.left_alone or early}
     policy = tree.planner.policy
     report |= {
         "policy": policy.name,

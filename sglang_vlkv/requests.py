@@ -99,7 +99,8 @@ class Requests:
 
     def release_row(self, state: RequestState) -> None:
         """The request finished, was aborted or was retracted; its rows are no longer its own."""
-        self._by_row.pop(state.row, None)
+        if self._by_row.get(state.row) is state:
+            del self._by_row[state.row]
         state.row, state.cells = None, None
         state.queries, state.scores = {}, {}
 

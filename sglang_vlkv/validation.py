@@ -86,15 +86,16 @@ def _slides(model) -> bool:
 
 
 def _server_refusals(cfg) -> list[Refusal]:
-    backends = {cfg.attention_backend, cfg.prefill_attention_backend, cfg.decode_attention_backend}
-    unread = sorted(name for name in backends - {None} if name not in COUNTERPARTS)
-    readable = " or ".join(COUNTERPARTS)
+    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return [
-        Refusal(
-            bool(unread),
-            f"--attention-backend {', '.join(unread)}",
-            "it cannot read per-layer ragged rows",
-            f"Use --attention-backend {readable}",
+        *(
+            Refusal(
+                getattr(cfg, field) not in (None, *COUNTERPARTS),
+                f"--{field.replace('_', '-')} {getattr(cfg, field)}",
+                "it cannot read per-layer ragged rows",
+                f"Use --{field.replace('_', '-')} {' or '.join(COUNTERPARTS)}",
+            )
+            for field in fields
         ),
         Refusal(
             cfg.page_size is not None and cfg.page_size > 1,
@@ -122,13 +123,13 @@ def _server_refusals(cfg) -> list[Refusal]:
         ),
         Refusal(
             (cfg.attn_cp_size or 1) > 1 or (cfg.dcp_size or 1) > 1 or bool(cfg.enable_prefill_cp),
-            "context parallelism",
+            "context parallelism (--attn-cp-size, --dcp-size, --enable-prefill-cp)",
             "no rank holds a prompt's whole KV",
             "Use --tp-size instead",
         ),
         Refusal(
             (cfg.attn_dp_size or 1) > 1 or bool(cfg.enable_dp_attention),
-            "data-parallel attention",
+            "data-parallel attention (--attn-dp-size, --enable-dp-attention)",
             "its ranks schedule different requests in one batch",
             "Use --dp-size without it",
         ),

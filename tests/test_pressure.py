@@ -152,6 +152,8 @@ def test_randomised_mixed_requests(name):
                 tokens = answer["meta_info"]["completion_tokens"]
                 if not visual:
                     assert seen["reason"] == "no image or video"
+                elif seen["retractions"] and seen["policy"] == "none":
+                    assert seen["reason"] == "finished at its first token after a retraction"
                 elif tokens > 1:
                     assert seen["policy"] == "vlcache", seen
                     n = seen["prompt_tokens"]
