@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
 
 from tests.prompts import Prompt, draw_prompt, picture, words
-from tests.serving import LEAK_CHECKS, Server, report
+from tests.serving import Server, report
 
 VLCACHE = ("--kv-policy", "vlcache")
 POSITIONS = {"kv_report": "positions"}
@@ -168,7 +170,17 @@ def test_randomised_mixed_requests(name):
               f"retractions {server.log().count('Retract requests')}")  # fmt: skip
 
 
-LEAK = '''
+def plugin(folder: Path, name: str, code: str) -> dict[str, str]:
+    """The environment in which SGLang loads ``code`` as a plugin of its own, after ours."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
+    return {"PYTHONPATH": str(folder), "SGLANG_PLUGINS": f"vlkv,vlkv_cpu,{name}"}
+
+
+LEAK = """
 def register():
     from sglang_vlkv.compaction import Compactor
     place = Compactor._place
@@ -176,17 +188,12 @@ def register():
         self._tree.token_to_kv_pool_allocator.alloc(1)
         return place(self, item)
     Compactor._place = leaky
-'''
+"""
 
 
-@pytest.mark.parametrize("checks", [LEAK_CHECKS, {**LEAK_CHECKS, "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "0"}])
-def test_a_planted_leak_of_one_slot_is_caught(tmp_path, checks):
-    (tmp_path / "leaky.py").write_text(LEAK)
-    info = tmp_path / "leaky-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: leaky\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nzz_leaky = leaky:register\n")
-    env = {"PYTHONPATH": str(tmp_path), "SGLANG_PLUGINS": "vlkv,vlkv_cpu,zz_leaky"} | checks
+@pytest.mark.parametrize("busy", ["0", "1"])
+def test_a_planted_leak_of_one_slot_is_caught(tmp_path, busy):
+    env = plugin(tmp_path, "leaky", LEAK) | {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": busy}
     with Server("--max-total-tokens", "2500", *VLCACHE, env=env) as server:
         prompt = draw_prompt(0, "image")
         try:
@@ -198,3 +205,54 @@ def test_a_planted_leak_of_one_slot_is_caught(tmp_path, checks):
             time.sleep(0.2)
         assert not server.alive(), "the leak went unnoticed"
         assert re.search(r"leak detected", server.log(), re.IGNORECASE)
+
+
+PROBE = """
+import collections, json, torch
+SEEN = collections.Counter()
+def register():
+    from sglang_vlkv.compaction import Compactor
+    gather, place, alloc = Compactor._gather, Compactor._place, None
+    def probing(self, req, state, sparsity):
+        row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        tags = state.plan.prompt.tags
+        slots = row[: len(tags)].long()
+        equal = torch.equal(self._pool.tags[slots], tags)
+        kinds = torch.unique(tags).tolist()
+        print("TAGS", json.dumps([equal, kinds]), flush=True)
+        return gather(self, req, state, sparsity)
+    def crowded(self, item):
+        SEEN[item.req.rid] += 1
+        allocator = self._tree.token_to_kv_pool_allocator
+        if item.req.rid.startswith("homeless") and SEEN[item.req.rid] == 1:
+            alloc, allocator.alloc = allocator.alloc, lambda need: None
+            try:
+                return place(self, item)
+            finally:
+                allocator.alloc = alloc
+        return place(self, item)
+    Compactor._gather, Compactor._place = probing, crowded
+"""
+
+
+def test_without_room_for_its_rows_a_request_is_prefilled_again(tmp_path):
+    """And every prompt slot carries its position's modality tag."""
+    prompts = [draw_prompt(seed, kind) for seed in (20, 21) for kind in ("image", "images")]
+    prompts.append(draw_prompt(0, "video"))
+    env = plugin(tmp_path, "probe", PROBE)
+    with Server("--max-total-tokens", "12000", *VLCACHE, env=env) as server:
+        undisturbed = server.many([prompt.body(16, rid=f"a{i}") for i, prompt in enumerate(prompts)])
+        server.flush()
+        bodies = [prompt.body(16, rid=f"homeless{i}") for i, prompt in enumerate(prompts)]
+        answers = server.many(bodies)
+        assert_sound(server)
+        tags = [json.loads(line) for line in re.findall(r"TAGS (.*)", server.log())]
+    assert all(report(answer)["retractions"] == 1 for answer in answers)
+    assert all(report(answer)["retractions"] == 0 for answer in undisturbed)
+    for one, other in zip(undisturbed, answers, strict=True):
+        assert one["output_ids"] == other["output_ids"]
+        assert report(one)["kept_per_layer"] == report(other)["kept_per_layer"]
+    assert "No room for the kept rows" in server.log()
+    assert len(tags) >= 2 * len(prompts) and all(equal for equal, _ in tags)
+    text, image, video, system = 0, 1, 2, 4
+    assert sorted({tuple(kinds) for _, kinds in tags}) == [(text, image, system), (text, video, system)]

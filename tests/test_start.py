@@ -151,7 +151,8 @@ def test_engine_takes_the_options_as_keywords(tmp_path):
 def test_sglang_serve_and_yaml(tmp_path):
     yaml = tmp_path / "server.yaml"
     yaml.write_text("kv-policy: vlcache\nkv-budget: 0.2\nmax-total-tokens: 4000\n")
-    with Server("--config", str(yaml), command=("-m", "sglang.cli.main", "serve")) as server:
+    serve = (str(Path(sys.executable).with_name("sglang")), "serve")
+    with Server("--config", str(yaml), command=serve) as server:
         info = server.info()
         assert (info["kv_policy"]["policy"], info["kv_policy"]["budget"]) == ("vlcache", 0.2)
         prompt = draw_prompt(0, "image")
