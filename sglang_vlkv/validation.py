@@ -88,6 +88,12 @@ def _slides(model) -> bool:
 def _server_refusals(cfg) -> list[Refusal]:
     fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return [
+        Refusal(
+            cfg.device != "cpu",
+            f"--device {cfg.device}",
+            "this version moves rows without regard to an accelerator's streams",
+            "Use a machine without an accelerator",
+        ),
         *(
             Refusal(
                 getattr(cfg, field) not in (None, *COUNTERPARTS),

@@ -12,7 +12,9 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 
+from sglang_vlkv.platform import activate
 from tests.prompts import draw_prompt
 from tests.serving import CHECKPOINT, ROOT, SMALL_SERVER, Server, report
 
@@ -170,6 +172,34 @@ def test_another_sglang_version_is_refused(tmp_path):
     assert run.returncode != 0
     assert "expected sglang 0.5.23, found 0.5.22" in run.stderr
     assert "pip install 'sglang==0.5.23'" in run.stderr
+
+
+def test_unpatched_hooks_are_noticed():
+    """The scheduler checks this before the first request."""
+    code = """
+    from sglang_vlkv.plugin import HOOKS, hooks_missing
+    assert hooks_missing() == [hook.target for hook in HOOKS]
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    assert hooks_missing() == []
+    print("noticed")
+    """
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.stdout.strip() == "noticed", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("accelerator, engine, wanted", [
+    (False, "0", "sglang_vlkv.cpu_platform.TorchCpuPlatform"),
+    (True, "0", None),
+    (False, "1", None),
+])  # fmt: skip
+def test_the_cpu_platform_stays_out_of_the_way(monkeypatch, accelerator, engine, wanted):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", engine)
+    assert activate() == wanted
 
 
 def test_a_changed_upstream_symbol_is_refused():

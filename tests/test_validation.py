@@ -47,13 +47,14 @@ def model(**settings) -> SimpleNamespace:
     return SimpleNamespace(**defaults | settings)
 
 
-SERVABLE = dict(attention_backend="torch_native", page_size=1)
+SERVABLE = dict(device="cpu", attention_backend="torch_native", page_size=1)
 
 # settings, what the refusal says was asked, what it says to do
 SERVERS = [
     (dict(attention_backend="fa3"), "--attention-backend fa3", "--attention-backend torch_native"),
-    (dict(decode_attention_backend="triton"), "--attention-backend triton", "--attention-backend"),
-    (dict(prefill_attention_backend="flashinfer"), "--attention-backend flashinfer", "--attention-backend"),
+    (dict(device="cuda"), "--device cuda", "machine without an accelerator"),
+    (dict(decode_attention_backend="triton"), "--decode-attention-backend triton", "--decode-attention-backend torch_native"),
+    (dict(prefill_attention_backend="flashinfer"), "--prefill-attention-backend flashinfer", "--prefill-attention-backend torch_native"),
     (dict(page_size=16), "--page-size 16", "--page-size 1"),
     (dict(speculative_algorithm="EAGLE"), "--speculative-algorithm EAGLE", "Drop the --speculative-"),
     (dict(disaggregation_mode="prefill"), "--disaggregation-mode prefill", "Drop --disaggregation-mode"),
