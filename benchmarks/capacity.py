@@ -1,10 +1,9 @@
 """How many requests run at once in a small KV pool, and what that is worth.
 
-``python -m benchmarks.capacity`` gives two servers a pool that holds about three full requests,
-``--kv-policy none`` and VL-Cache, and sends both the same burst of requests, each with a picture
-of its own. How many ran at once is read from the log line that the server writes every decode
-step. Two workloads show where little is gained: a large picture, whose vision tower costs a CPU
-more than all decoding, and prompts too short to be compacted.
+``python -m benchmarks.capacity`` gives a server a pool that holds about three full requests and
+sends it a burst of requests, each with a picture of its own: first under ``--kv-policy none``,
+then under VL-Cache, in every round. How many ran at once is read from the log line that the server writes every decode
+step. The second workload shows where nothing is gained: prompts too short to be compacted.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ ROWS = {
 QUESTION = "What stands to the left of the largest object, and which colour does it have?"
 LAYERS = 4  # of examples/tinyvlm
 # A request's pictures and the visual tokens of each.
-WORKLOADS = {"1K prompts": (4, 256), "1K prompts, large picture": (1, 1024), "short prompts": (1, 64)}
-QUICK_WORKLOADS = {"1K prompts": (4, 256), "short prompts": (1, 64)}
+WORKLOADS = {"1K prompts": (4, 256), "short prompts": (1, 64)}
 TEXT_TOKENS = len(QUESTION) + 40  # one per byte, and the chat template's
 FULL_REQUESTS = 3.3
 
@@ -90,20 +88,16 @@ def summary(bursts: list[Burst], pool: int) -> dict:
     }
 
 
-def measure(
-    servers: dict[str, Server], prompt: tuple[int, int], clients: int, max_new_tokens: int, rounds: int, pool: int
-) -> dict:
-    bursts = {name: [] for name in servers}
-    for seed in range(rounds):
-        bodies = [
-            common.body(QUESTION, common.pictures(*prompt, seed=1000 * seed + i), max_new_tokens)
-            for i in range(clients)
-        ]
-        for name, server in servers.items():
-            burst = send(server, bodies)
-            bursts[name].append(burst)
-            common.note(f"{name}: {clients} requests in {burst.seconds:.1f} s, at most {max(burst.running)} at once")
-    return {name: summary(sent, pool) for name, sent in bursts.items()}
+def bursts(server: Server, workloads: dict, clients: int, max_new_tokens: int, seed: int) -> dict[str, Burst]:
+    """One burst per workload, of pictures that the server has not seen."""
+    common.stream(server, common.body(QUESTION, [common.picture(256, seed=10**6)], 16))  # warm
+    sent = {}
+    for name, prompt in workloads.items():
+        seeds = range(1000 * seed, 1000 * seed + clients)
+        bodies = [common.body(QUESTION, common.pictures(*prompt, seed=s), max_new_tokens) for s in seeds]
+        burst = sent[name] = send(server, bodies)
+        common.note(f"  {name}: {clients} in {burst.seconds:.1f} s, at most {max(burst.running)} at once")
+    return sent
 
 
 def table(results: dict) -> str:
@@ -129,15 +123,20 @@ def table(results: dict) -> str:
 def run(workloads: dict, clients: int, max_new_tokens: int, rounds: int) -> dict:
     pool = round(FULL_REQUESTS * (1024 + TEXT_TOKENS + max_new_tokens))
     flags = ["--max-total-tokens", str(pool), "--decode-log-interval", "1", "--max-running-requests", "64"]
-    with common.serving(ROWS, *flags, model=CHECKPOINT) as servers:
-        record = common.context(ROWS, servers, *flags)
-        record |= {"clients": clients, "max_new_tokens": max_new_tokens, "rounds": rounds}
-        for server in servers.values():
-            common.stream(server, common.body(QUESTION, [common.picture(256, seed=10**6)], 16))  # warm
-        record["results"] = {
-            name: measure(servers, prompt, clients, max_new_tokens, rounds, pool)
-            for name, prompt in workloads.items()
-        }
+    record = common.context(ROWS, *flags)
+    record |= {"clients": clients, "max_new_tokens": max_new_tokens, "rounds": rounds}
+    sent = {workload: {name: [] for name in ROWS} for workload in workloads}
+    for seed in range(rounds):
+        for name, row in ROWS.items():
+            common.note(f"round {seed + 1} of {rounds}: {name}")
+            with common.serve(row, *flags, model=CHECKPOINT, gib=5) as server:
+                record["rows"][name]["policy"] = common.policy_of(server)
+                for workload, burst in bursts(server, workloads, clients, max_new_tokens, seed).items():
+                    sent[workload][name].append(burst)
+    record["results"] = {
+        workload: {name: summary(rounds_of, pool) for name, rounds_of in rows.items()}
+        for workload, rows in sent.items()
+    }
     return record
 
 
@@ -149,7 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="bursts per row and workload")
     args = parser.parse_args()
     if args.quick:
-        record = run(QUICK_WORKLOADS, clients=12, max_new_tokens=48, rounds=1)
+        record = run(WORKLOADS, clients=12, max_new_tokens=48, rounds=1)
     else:
         record = run(WORKLOADS, args.clients, args.max_new_tokens, args.rounds)
     path = common.save("capacity_quick" if args.quick else "capacity", record)

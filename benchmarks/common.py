@@ -1,4 +1,4 @@
-"""What the benchmarks share: servers side by side, streamed requests, records and tables."""
+"""What the benchmarks share: servers, streamed requests, records and tables."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
+import psutil
 import requests
 from PIL import Image
 
@@ -26,9 +26,14 @@ from tests.serving import LEAK_CHECKS, ROOT, Server
 RESULTS = ROOT / "benchmarks" / "results"
 TOKEN_PIXELS = 28  # one visual token covers 28x28 pixels
 
+CORES = len(os.sched_getaffinity(0))
+
 # For all servers alike. libgomp's threads spin at a barrier by default: when anything else wants a
 # core, a region of microseconds then takes milliseconds. The leak checks walk the whole pool.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"} | dict.fromkeys(LEAK_CHECKS, "0")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(CORES)),
+    "OMP_WAIT_POLICY": "PASSIVE",
+} | dict.fromkeys(LEAK_CHECKS, "0")
 
 
 class Row(NamedTuple):
@@ -57,23 +62,22 @@ class Streamed(NamedTuple):
     meta: dict
 
 
-@contextmanager
-def serving(rows: dict[str, Row], *flags: str, model: Path | str) -> Iterator[dict[str, Server]]:
-    """One server per row, all up at once, so that rounds can alternate between them.
+def serve(row: Row, *flags: str, model: Path | str, gib: float) -> Server:
+    """The row's server, for a ``with`` statement; one at a time, so that it has the machine.
 
-    An idle server sleeps, so only the one that is asked uses the machine.
+    Args:
+        gib: memory that it will need at its peak.
+
+    Raises:
+        MemoryError: less is available; without swap a machine stalls for minutes before it kills.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
-
-    def start(row: Row) -> Server:
-        return Server(*flags, "--sleep-on-idle", *row.flags, model=model, env=ENVIRONMENT | row.env)
-
-    with ExitStack() as stack, ThreadPoolExecutor(len(rows)) as starters:
-        starting = {name: starters.submit(start, row) for name, row in rows.items()}
-        for future in starting.values():
-            if future.exception() is None:
-                stack.enter_context(future.result())
-        yield {name: future.result() for name, future in starting.items()}
+    available = psutil.virtual_memory().available / 2**30
+    if available < gib:
+        raise MemoryError(f"{available:.1f} GiB of memory are available; this benchmark needs {gib:.0f}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
+    # What is free when SGLang measures it is not what this needs; --max-total-tokens sizes the pool.
+    shared = (*flags, "--mem-fraction-static", "0.9")
+    return Server(*shared, *row.flags, model=model, env=ENVIRONMENT | row.env)
 
 
 def in_own_process(function: Callable, *arguments):
@@ -160,22 +164,19 @@ def policy_of(server: Server) -> dict | str:
     return "sglang_vlkv's general plugin is not loaded"
 
 
-def context(rows: dict[str, Row], servers: dict[str, Server], *flags: str) -> dict:
-    """Everything a number needs beside it."""
+def context(rows: dict[str, Row], *flags: str) -> dict:
+    """Everything a number needs beside it; the rows' policies are added as their servers start."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
         "versions": {name: version(name) for name in ("sglang", "torch", "sglang_vlkv")},
         "python": platform.python_version(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": CORES,
         "load_average_at_start": os.getloadavg()[0],
-        "environment": ENVIRONMENT | {k: v for k, v in os.environ.items() if k.startswith("OMP_")},
+        "environment": ENVIRONMENT,
         "flags": list(flags),
-        "rows": {
-            name: {"flags": row.flags, "env": row.env, "policy": policy_of(servers[name])}
-            for name, row in rows.items()
-        },
+        "rows": {name: {"flags": row.flags, "env": row.env} for name, row in rows.items()},
     }
 
 

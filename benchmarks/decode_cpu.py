@@ -1,9 +1,9 @@
 """Time per output token behind long image prompts, on a CPU.
 
-``python -m benchmarks.decode_cpu`` serves the attention shape of a 7B model (32 query heads, 8 KV
-heads of 128, which on a CPU implies its hidden size of 4096) in four layers with a narrow MLP and
-dummy weights, three ways at once: stock SGLang, our attention over the full cache, and VL-Cache. Rounds alternate between them
-and every round is cold: the radix cache is flushed, the prompt prefilled, the answer streamed.
+``python -m benchmarks.decode_cpu`` serves the attention of a 7B model in four layers: 32 query
+heads and 8 KV heads of 128, hence a hidden size of 4096 (SGLang on a CPU takes no other), a narrow
+MLP, dummy weights. It is served three ways: stock SGLang, our attention over the full cache, and
+VL-Cache. Every round starts them in turn and asks each once per prompt, cold.
 
 TTFT ends when the first token arrives; SGLang's overlap scheduling has launched the first decode
 step by then, so it holds the prefill, the compaction and one step. Scoring, selection and
@@ -23,12 +23,13 @@ from statistics import median
 import torch
 
 from benchmarks import common
-from benchmarks.common import Row
+from benchmarks.common import Row, Streamed
 from sglang_vlkv.base import Modality, Prompt
 from sglang_vlkv.config import build_policy
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.select import select
 from sglang_vlkv.tinyvlm.build import build
+from tests.serving import Server
 
 SHAPE = dict(num_layers=4, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=512)
 BUDGET = 0.1
@@ -50,24 +51,23 @@ def request(prompt: tuple[int, int], max_new_tokens: int, seed: int = 0) -> dict
     return common.body(QUESTION, common.pictures(*prompt, seed), max_new_tokens)
 
 
-def measure(servers: dict, prompt: tuple[int, int], rounds: int, max_new_tokens: int) -> dict:
-    """Per row: percentiles of TTFT and of the steps of all rounds, and what was kept."""
-    answers = defaultdict(list)
-    for seed in range(rounds):
-        body = request(prompt, max_new_tokens, seed)
-        for name, server in servers.items():
-            server.flush()
-            answer = common.stream(server, body)
-            answers[name].append(answer)
-            step = 1e3 * median(answer.steps)
-            common.note(f"{name}: {answer.meta['prompt_tokens']} tokens, TTFT {answer.ttft:.2f} s, {step:.1f} ms/token")
-    return {
-        name: common.measured(rows[0].meta, SHAPE["num_layers"])
-        | {
-            "ttft_s": common.percentiles([row.ttft for row in rows]),
-            "ms_per_token": common.percentiles([1e3 * step for row in rows for step in row.steps]),
-        }
-        for name, rows in answers.items()
+def ask(server: Server, prompts: dict, max_new_tokens: int, seed: int) -> dict[str, Streamed]:
+    """One answer per prompt, none of which the server has seen."""
+    common.stream(server, request((1, 256), 8, seed=10**6))  # warm
+    answers = {}
+    for name, prompt in prompts.items():
+        server.flush()
+        answer = answers[name] = common.stream(server, request(prompt, max_new_tokens, seed))
+        step = 1e3 * median(answer.steps)
+        common.note(f"  {answer.meta['prompt_tokens']} tokens: TTFT {answer.ttft:.2f} s, {step:.1f} ms/token")
+    return answers
+
+
+def summary(answers: list[Streamed]) -> dict:
+    """What was kept, and percentiles of TTFT over rounds and of the steps of all rounds."""
+    return common.measured(answers[0].meta, SHAPE["num_layers"]) | {
+        "ttft_s": common.percentiles([answer.ttft for answer in answers]),
+        "ms_per_token": common.percentiles([1e3 * step for answer in answers for step in answer.steps]),
     }
 
 
@@ -142,15 +142,21 @@ def run(prompts: dict, rounds: int, max_new_tokens: int, dtype: str) -> dict:
     pool = longest + longest // 4 + 1024
     flags = ["--load-format", "dummy", "--dtype", dtype, "--max-total-tokens", str(pool)]
     flags += ["--chunked-prefill-size", "-1", "--max-prefill-tokens", str(pool)]
+    record = common.context(ROWS, *flags) | {"shape": SHAPE, "rounds": rounds}
+    answers = {prompt: {name: [] for name in ROWS} for prompt in prompts}
     with tempfile.TemporaryDirectory(prefix="decode-cpu-") as checkpoint:
         build(Path(checkpoint), **SHAPE, write_weights=False)
-        with common.serving(ROWS, *flags, model=checkpoint) as servers:
-            record = common.context(ROWS, servers, *flags) | {"shape": SHAPE, "rounds": rounds}
-            for server in servers.values():
-                common.stream(server, request((1, 256), 16, seed=rounds))  # warm
-            record["results"] = {
-                name: measure(servers, prompt, rounds, max_new_tokens) for name, prompt in prompts.items()
-            }
+        for seed in range(rounds):
+            for name, row in ROWS.items():
+                common.note(f"round {seed + 1} of {rounds}: {name}")
+                with common.serve(row, *flags, model=checkpoint, gib=8) as server:
+                    record["rows"][name]["policy"] = common.policy_of(server)
+                    for prompt, answer in ask(server, prompts, max_new_tokens, seed).items():
+                        answers[prompt][name].append(answer)
+    record["results"] = {
+        prompt: {name: summary(rounds_of) for name, rounds_of in rows.items()}
+        for prompt, rows in answers.items()
+    }
     record["stages"] = {}
     for name, rows in record["results"].items():
         report, full = rows[VLCACHE]["report"], rows[FULL]["ttft_s"]["p50"]

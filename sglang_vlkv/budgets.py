@@ -36,7 +36,7 @@ def proportional(weights: list[float], total: int, num_prompt: int) -> list[int]
 
     shares = _clamped_shares(weights, float(total), float(low), float(n))
     kept = [min(math.floor(s), n) for s in shares]
-    order = sorted(range(num_layers), key=lambda l: (kept[l] - shares[l], l))
+    order = sorted(range(num_layers), key=lambda layer: (kept[layer] - shares[layer], layer))
     missing = total - sum(kept)
     while missing > 0:
         for layer in order:

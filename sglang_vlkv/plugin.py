@@ -99,39 +99,68 @@ HOOKS = (
     ),
 )
 
-# Upstream symbols that are called or subclassed, with the parameters relied on.
+# Upstream symbols that are called or subclassed, by module, with the parameters relied on.
 USES = {
-    "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook": ("name",),
-    "sglang.srt.arg_groups.overrides.declare_resolution": ("server_args", "source", "fields"),
-    "sglang.srt.arg_groups.overrides.resolving_view": ("server_args",),
-    "sglang.srt.arg_groups.model_override_base.model_config_of": ("server_args",),
-    "sglang.srt.layers.attention.attention_registry.register_attention_backend": ("name",),
-    "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS": (),
-    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.init_forward_metadata": ("self", "forward_batch"),
-    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
-    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers_normal": ("self",),
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._kv_buffer_shapes": ("self",),
-    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer": ("self", "layer", "loc_info", "cache_k", "cache_v"),
-    "sglang.srt.mem_cache.registry.register_radix_cache_backend": ("name", "factory"),
-    "sglang.srt.mem_cache.registry.create_unified_radix_cache": ("ctx", "cache_class"),
-    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint": ("self", "req", "up_to"),
-    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.swa_reprefill_tail_tokens": ("self", "req"),
-    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.maybe_hand_to_session": ("self", "req"),
-    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.on_release": ("self", "req", "checkpointed"),
-    "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.unlock": ("self", "lock"),
-    "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.free_kv_row": ("self", "kv", "ranges"),
-    "sglang.srt.mem_cache.common.evict_from_tree_cache": ("tree_cache", "num_tokens"),
-    "sglang.srt.managers.schedule_batch.ScheduleBatch.release_req": ("self", "idx", "remaing_req_count"),
-    "sglang.srt.managers.schedule_batch.ScheduleBatch.filter_batch": ("self", "keep_indices"),
-    "sglang.srt.managers.schedule_batch.Req.next_output_finishes_by_length": ("self",),
-    "sglang.srt.managers.scheduler.Scheduler._reqs_finishing_inflight": ("self", "batch"),
-    "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue": ("self", "req", "is_retracted"),
-    "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req": ("self", "req"),
-    "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req": ("self", "req"),
-    "sglang.srt.managers.schedule_policy.PrefillAdder._request_slot_reserve_for_req": ("self", "req", "extend_input_len"),
-    "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.build_additional_customized_info": ("self", "reqs"),
-    "sglang.srt.entrypoints.engine.Engine.server_args_class": (),
+    "sglang.srt.arg_groups.resolution_hooks": {
+        "register_resolution_hook": "name",
+    },
+    "sglang.srt.arg_groups.overrides": {
+        "declare_resolution": "server_args source fields",
+        "resolving_view": "server_args",
+    },
+    "sglang.srt.arg_groups.model_override_base": {
+        "model_config_of": "server_args",
+    },
+    "sglang.srt.layers.attention.attention_registry": {
+        "register_attention_backend": "name",
+        "ATTENTION_BACKENDS": "",
+    },
+    "sglang.srt.layers.attention.torch_native_backend": {
+        "TorchNativeAttnBackend.init_forward_metadata": "self forward_batch",
+        "TorchNativeAttnBackend.forward_extend": "self q k v layer forward_batch save_kv_cache",
+        "TorchNativeAttnBackend.forward_decode": "self q k v layer forward_batch save_kv_cache",
+    },
+    "sglang.srt.mem_cache.memory_pool": {
+        "MHATokenToKVPool._create_buffers_normal": "self",
+        "MHATokenToKVPool._kv_buffer_shapes": "self",
+        "MHATokenToKVPool.set_kv_buffer": "self layer loc_info cache_k cache_v",
+    },
+    "sglang.srt.mem_cache.registry": {
+        "register_radix_cache_backend": "name factory",
+        "create_unified_radix_cache": "ctx cache_class",
+    },
+    "sglang.srt.mem_cache.unified_radix_cache": {
+        "UnifiedRadixCache.checkpoint": "self req up_to",
+        "UnifiedRadixCache.swa_reprefill_tail_tokens": "self req",
+        "UnifiedRadixCache.maybe_hand_to_session": "self req",
+        "UnifiedRadixCache.on_release": "self req checkpointed",
+        "UnifiedRadixCache.unlock": "self lock",
+    },
+    "sglang.srt.mem_cache.base_prefix_cache": {
+        "BasePrefixCache.free_kv_row": "self kv ranges",
+    },
+    "sglang.srt.mem_cache.common": {
+        "evict_from_tree_cache": "tree_cache num_tokens",
+    },
+    "sglang.srt.managers.schedule_batch": {
+        "ScheduleBatch.release_req": "self idx remaing_req_count",
+        "ScheduleBatch.filter_batch": "self keep_indices",
+    },
+    "sglang.srt.managers.scheduler": {
+        "Scheduler._reqs_finishing_inflight": "self batch",
+        "Scheduler._add_request_to_queue": "self req is_retracted",
+    },
+    "sglang.srt.managers.schedule_policy": {
+        "PrefillAdder.add_one_req": "self req",
+        "PrefillAdder.add_chunked_req": "self req",
+        "PrefillAdder._request_slot_reserve_for_req": "self req extend_input_len",
+    },
+    "sglang.srt.managers.scheduler_components.output_streamer": {
+        "SchedulerOutputStreamer.build_additional_customized_info": "self reqs",
+    },
+    "sglang.srt.entrypoints.engine": {
+        "Engine.server_args_class": "",
+    },
 }
 
 
@@ -168,7 +197,9 @@ def mismatches() -> list[str]:
     installed = version("sglang")
     if installed != SUPPORTED_SGLANG:
         return [f"expected sglang {SUPPORTED_SGLANG}, found {installed}"]
-    expected = {hook.target: hook.parameters for hook in HOOKS} | USES
+    expected = {hook.target: hook.parameters for hook in HOOKS}
+    for module, symbols in USES.items():
+        expected |= {f"{module}.{name}": tuple(names.split()) for name, names in symbols.items()}
     return [problem for target, names in expected.items() if (problem := _mismatch(target, names))]
 
 

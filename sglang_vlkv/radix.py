@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang_vlkv.base import Modality
 from sglang_vlkv.planning import Planner
 from sglang_vlkv.pool import CellPool
-from sglang_vlkv.requests import RequestState, Requests
+from sglang_vlkv.requests import Requests, RequestState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

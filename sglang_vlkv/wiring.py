@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pkgutil
 
 import torch
 
@@ -36,8 +37,6 @@ def pool_class(result, _platform, *, kind: str):
 
 def register_backends() -> None:
     """Our radix cache under its name, and our attention in front of SGLang's."""
-    import pkgutil
-
     from sglang.srt.layers.attention.attention_registry import (
         ATTENTION_BACKENDS,
         register_attention_backend,

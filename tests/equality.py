@@ -43,7 +43,8 @@ def assert_same(reference: list[dict], other: list[dict], tolerance: float, titl
         if (difference := first_difference(a, b)) is not None
     ]
     for i, difference in differences:
-        print(f"{title}: prompt {i} differs first at token {difference.index}, margin {difference.margin:.2e}")
+        where = f"first at token {difference.index}, margin {difference.margin:.2e}"
+        print(f"{title}: prompt {i} differs {where}")
     print(f"{title}: {len(reference) - len(differences)} of {len(reference)} equal")
     beyond = [(i, d) for i, d in differences if d.margin >= tolerance]
     assert not beyond, f"{title}: beyond the tolerance {tolerance:.1e}: {beyond}"

@@ -11,7 +11,6 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from tests.prompts import Prompt
 from tests.serving import CHECKPOINT
 
-
 torch.set_num_threads(1)  # threads that wait for each other starve the servers beside them
 
 
@@ -129,7 +128,7 @@ def reference_budgets(sparsity: list[float], budget: float, n: int) -> list[int]
         below, above = (middle, above) if sum(shares(middle)) < total else (below, middle)
     real = shares(above)
     counts = [int(share) for share in real]
-    by_fraction = sorted(range(num_layers), key=lambda l: (-(real[l] - counts[l]), l))
+    by_fraction = sorted(range(num_layers), key=lambda i: (-(real[i] - counts[i]), i))
     for layer in by_fraction[: total - sum(counts)]:
         counts[layer] += 1
     return counts

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from tests.serving import ROOT, Server
 
 CLIP = ROOT / "examples" / "clip.mp4"
-WORDS = "how many red blue circles squares left right above below name count list describe the picture what which".split()
+WORDS = "how many red blue circles squares left right above below count list the picture which".split()
 
 
 @dataclass

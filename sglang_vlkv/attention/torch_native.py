@@ -70,8 +70,8 @@ class Work:
 class RaggedTorchNativeBackend(TorchNativeAttnBackend):
     """Prefill as in SGLang, scoring on the way; decode from per-layer ragged rows.
 
-    A prompt without a cached prefix takes SGLang's own prefill path. Behind a prefix only the new
-    rows are computed, where SGLang's path computes all.
+    A prompt without a cached prefix makes the very attention call of SGLang's backend. Behind a
+    prefix only the new rows are computed, where SGLang's backend computes all.
     """
 
     def __init__(self, model_runner, policy: Policy) -> None:
@@ -84,13 +84,14 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         self._work = Work()
         rows = forward_batch.req_pool_indices.tolist()
         if forward_batch.forward_mode.is_decode():
-            for offset, (row, length) in enumerate(zip(rows, forward_batch.seq_lens.tolist())):
+            lengths = forward_batch.seq_lens.tolist()
+            for offset, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 self._work.decodes.append(self._decode(row, length, offset))
             self.token_to_kv_pool.tags[forward_batch.out_cache_loc] = Modality.TEXT
         elif forward_batch.forward_mode.is_extend():
             offset = 0
             starts, lengths = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
-            for row, start, length in zip(rows, starts.tolist(), lengths.tolist()):
+            for row, start, length in zip(rows, starts.tolist(), lengths.tolist(), strict=True):
                 self._add_extend(Extend(row, start, start + length, offset))
                 offset += length
 
