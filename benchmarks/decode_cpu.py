@@ -1,8 +1,8 @@
 """Time per output token behind long image prompts, on a CPU.
 
 ``python -m benchmarks.decode_cpu`` serves the attention of a 7B model in four layers: 32 query
-heads and 8 KV heads of 128, hence a hidden size of 4096 (SGLang on a CPU takes no other), a narrow
-MLP, dummy weights. It is served three ways: stock SGLang, our attention over the full cache, and
+heads and 8 KV heads of 128, but a hidden size of 512, so that attention is what is measured, and
+dummy weights. It is served three ways: stock SGLang, our attention over the full cache, and
 VL-Cache. Every round starts them in turn and asks each once per prompt, cold.
 
 TTFT ends when the first token arrives; SGLang's overlap scheduling has launched the first decode
@@ -22,8 +22,8 @@ from statistics import median
 
 import torch
 
-from benchmarks import common
-from benchmarks.common import Row, Streamed
+from benchmarks import common, narrow
+from benchmarks.common import ROOT, Row, Streamed
 from sglang_vlkv.base import Modality, Prompt
 from sglang_vlkv.config import build_policy
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
@@ -31,13 +31,15 @@ from sglang_vlkv.select import select
 from sglang_vlkv.tinyvlm.build import build
 from tests.serving import Server
 
-SHAPE = dict(num_layers=4, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=512)
+SHAPE = dict(
+    num_layers=4, num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=512, intermediate_size=512
+)
 BUDGET = 0.1
 QUESTION = "What stands to the left of the largest object, and which colour does it have?"
 
 STOCK, FULL, VLCACHE = "stock torch_native", "ours, full cache", f"ours, vlcache {BUDGET}"
 ROWS = {
-    STOCK: Row(env={"SGLANG_PLUGINS": "vlkv_cpu"}),  # the platform only: nothing of ours attends
+    STOCK: Row(env={"SGLANG_PLUGINS": f"vlkv_cpu,{narrow.NAME}"}),  # the platform only: nothing of ours attends
     FULL: Row(("--kv-policy", "vlcache", "--kv-policy-config", json.dumps({"min_prompt_tokens": 10**9}))),
     VLCACHE: Row(("--kv-policy", "vlcache", "--kv-budget", str(BUDGET))),
 }
@@ -146,10 +148,12 @@ def run(prompts: dict, rounds: int, max_new_tokens: int, dtype: str) -> dict:
     answers = {prompt: {name: [] for name in ROWS} for prompt in prompts}
     with tempfile.TemporaryDirectory(prefix="decode-cpu-") as checkpoint:
         build(Path(checkpoint), **SHAPE, write_weights=False)
+        narrow.install(Path(checkpoint))
         for seed in range(rounds):
             for name, row in ROWS.items():
                 common.note(f"round {seed + 1} of {rounds}: {name}")
-                with common.serve(row, *flags, model=checkpoint, gib=8) as server:
+                env = {"PYTHONPATH": f"{checkpoint}:{ROOT}"} | row.env
+                with common.serve(row._replace(env=env), *flags, model=checkpoint, gib=8) as server:
                     record["rows"][name]["policy"] = common.policy_of(server)
                     for prompt, answer in ask(server, prompts, max_new_tokens, seed).items():
                         answers[prompt][name].append(answer)

@@ -78,6 +78,7 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         super().__init__(model_runner)
         self._policy = policy
         self._work = Work()
+        self._workspace = torch.empty(0)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -125,7 +126,7 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         out = torch.empty_like(q)
         if save_kv_cache:
             self._write(layer, forward_batch, k, v)
-        self._decode_rows(layer, _heads(q, layer), _heads(out, layer))
+        self._ragged_decode(layer, _heads(q, layer), _heads(out, layer))
         return out
 
     def forward_extend(
@@ -143,7 +144,11 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             out_heads[queries] = causal_extend(
                 q_heads[queries], keys[slots].to(q.dtype), values[slots].to(q.dtype), layer.scaling
             )
-        self._decode_rows(layer, q_heads, out_heads)
+        if self._work.decodes:
+            offsets = torch.tensor([decode.offset for decode in self._work.decodes])
+            rows = torch.empty_like(q_heads[offsets])
+            self._ragged_decode(layer, q_heads[offsets], rows)
+            out_heads[offsets] = rows
         self._score(layer, q_heads, keys)
         return out
 
@@ -152,15 +157,20 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             location = KVWriteLoc(forward_batch.out_cache_loc, None)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
 
-    def _decode_rows(self, layer: RadixAttention, q: torch.Tensor, out: torch.Tensor) -> None:
-        decodes = self._work.decodes
-        if not decodes:
-            return
+    def _ragged_decode(self, layer: RadixAttention, q: torch.Tensor, out: torch.Tensor) -> None:
+        """Query i is that of the i-th decode: ``q`` and ``out`` are ``[decodes, Hq, D]``."""
         pool = self.token_to_kv_pool
         base = layer.layer_id * pool.cells_per_layer
-        offsets = torch.tensor([d.offset for d in decodes])
-        indices = [d.indices(layer.layer_id, base) for d in decodes]
-        out[offsets] = ragged_decode(q[offsets], pool.k_cells, pool.v_cells, indices, layer.scaling)
+        indices = [decode.indices(layer.layer_id, base) for decode in self._work.decodes]
+        workspace = self._workspace_of(max(len(cells) for cells in indices))
+        ragged_decode(q, pool.k_cells, pool.v_cells, indices, layer.scaling, out, workspace)
+
+    def _workspace_of(self, rows: int) -> torch.Tensor:
+        """At least ``rows`` rows of K and V; grows by half, so seldom."""
+        if self._workspace.numel() == 0 or self._workspace.shape[1] < rows:
+            cells = self.token_to_kv_pool.k_cells
+            self._workspace = cells.new_empty(2, rows + rows // 2, *cells.shape[1:])
+        return self._workspace
 
     def _score(self, layer: RadixAttention, q: torch.Tensor, keys: torch.Tensor) -> None:
         for vote in self._work.votes:

@@ -13,6 +13,7 @@ def ragged_decode(
     indices: list[torch.Tensor],
     scale: float,
     out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query token per request attends to that request's cells.
 
@@ -23,6 +24,9 @@ def ragged_decode(
             flat array with an ``indptr``: torch reads it request by request, and a request's
             compacted part is the same tensor at every step.
         out: ``[B, Hq, D]`` to write to.
+        workspace: ``[2, rows, Hkv, D]`` in the cells' dtype, overwritten, with at least as many
+            rows as the longest request. Memory that is used again spares its page faults, which
+            for long requests cost more than the copy.
 
     Returns:
         ``[B, Hq, D]`` in q's dtype.
@@ -32,9 +36,14 @@ def ragged_decode(
     out = torch.empty_like(q) if out is None else out
     # The query heads of a KV head are its query rows: [B, 1, Hkv, G, D], nothing is repeated.
     q = q.view(num_requests, 1, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    if workspace is None:
+        longest = max(len(cells) for cells in indices)
+        workspace = k_cells.new_empty(2, longest, num_kv_heads, head_dim)
     for request, cells in enumerate(indices):
-        k = k_cells.index_select(0, cells).to(q.dtype).transpose(0, 1)[None]  # [1, Hkv, rows, D]
-        v = v_cells.index_select(0, cells).to(q.dtype).transpose(0, 1)[None]
+        k, v = workspace[:, : len(cells)]
+        torch.index_select(k_cells, 0, cells, out=k)
+        torch.index_select(v_cells, 0, cells, out=v)
+        k, v = (x.to(q.dtype).transpose(0, 1)[None] for x in (k, v))  # [1, Hkv, rows, D]
         attended = scaled_dot_product_attention(q[request], k, v, scale=scale)
         out[request] = attended.view(num_q_heads, head_dim)
     return out
