@@ -33,22 +33,26 @@ def post_vision_scores(
     if num_rows > num_keys or num_q_heads % num_kv_heads:
         raise ValueError(f"q is {list(q.shape)} and k is {list(k.shape)}; R <= n and Hkv | Hq needed")
     group = num_q_heads // num_kv_heads
-    # [R, Hkv, G, D] -> [Hkv, R, G, D]: a tile is some rows of one KV head, all its query heads.
     q = (q.float() * scale).view(num_rows, num_kv_heads, group, head_dim).transpose(0, 1)
+    k = k.transpose(0, 1)
     positions = torch.arange(num_keys, device=k.device)
     first = num_keys - num_rows
     scores = torch.zeros(num_kv_heads, num_keys, dtype=torch.float32, device=k.device)
     zeros = torch.zeros((), dtype=torch.int64, device=k.device)
-    step = max(1, tile // (group * num_keys))
-    for head in range(num_kv_heads):
-        keys = k[:, head].float().t()  # [D, n]
+    # A tile is all rows of some heads, or, where not even one head's fit, some rows of one head.
+    num_heads = max(1, min(num_kv_heads, tile // (num_rows * group * num_keys)))
+    step = max(1, min(num_rows, tile // (group * num_keys)))
+    for head in range(0, num_kv_heads, num_heads):
+        heads = slice(head, head + num_heads)
+        keys = k[heads].float().mT  # [heads, D, n]
         for start in range(0, num_rows, step):
-            rows = q[head, start : start + step]
-            logits = rows.reshape(-1, head_dim) @ keys  # [rows * G, n]
+            rows = q[heads, start : start + step]  # [heads, rows, G, D]
+            logits = rows.flatten(1, 2) @ keys  # [heads, rows * G, n]
             # Only the last R columns can be in a row's future.
-            last = torch.arange(first + start, first + start + len(rows), device=k.device)
+            last = positions[first + start : first + start + rows.shape[1]]
             future = positions[first:] > last.repeat_interleave(group)[:, None]
-            logits[:, first:].masked_fill_(future, -torch.inf)
-            zeros += (logits < logits.amax(1, keepdim=True) + math.log(p)).sum() - future.sum()
-            scores[head] += logits.softmax(1).sum(0)
+            logits[..., first:].masked_fill_(future, -torch.inf)
+            small = logits < logits.amax(-1, keepdim=True) + math.log(p)
+            zeros += small.sum() - len(rows) * future.sum()
+            scores[heads] += logits.softmax(-1).sum(1)
     return LayerScores(scores, int(zeros))
