@@ -80,27 +80,35 @@ class ReportStore:
 
     Args:
         max_age: seconds that a report is kept.
-        max_reports: most reports kept; the oldest go first.
+        max_reports: most reports kept; the oldest go first. Every thousand positions in a report
+            count as one more.
     """
 
     def __init__(self, max_age: float = 600.0, max_reports: int = 10_000) -> None:
         self._max_age, self._max_reports = max_age, max_reports
-        self._reports: OrderedDict[str, tuple[float, dict]] = OrderedDict()
+        self._reports: OrderedDict[str, tuple[float, int, dict]] = OrderedDict()
+        self._weight = 0
 
     def put(self, response_id: str, report: dict) -> None:
-        self._reports[response_id] = (time.monotonic(), report)
-        self._reports.move_to_end(response_id)
+        self._drop(response_id)
+        weight = 1 + sum(len(head) for layer in report.get(POSITIONS, ()) for head in layer) // 1000
+        self._reports[response_id] = (time.monotonic(), weight, report)
+        self._weight += weight
         self._expire()
 
     def get(self, response_id: str) -> dict | None:
         self._expire()
-        _, report = self._reports.get(response_id, (0.0, None))
+        *_, report = self._reports.get(response_id, (None,))
         return report
 
     def _expire(self) -> None:
         oldest = time.monotonic() - self._max_age
         while self._reports:
-            written, _ = next(iter(self._reports.values()))
-            if written >= oldest and len(self._reports) <= self._max_reports:
+            response_id, (written, _, _) = next(iter(self._reports.items()))
+            if written >= oldest and self._weight <= self._max_reports:
                 break
-            self._reports.popitem(last=False)
+            self._drop(response_id)
+
+    def _drop(self, response_id: str) -> None:
+        _, weight, _ = self._reports.pop(response_id, (0.0, 0, {}))
+        self._weight -= weight

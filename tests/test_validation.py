@@ -211,6 +211,15 @@ def test_the_oldest_reports_go_first_where_there_are_too_many(clock):
     assert [store.get(name) is not None for name in "abcd"] == [False, True, True, True]
 
 
+def test_a_thousand_positions_count_as_one_more_report(clock):
+    store = report.ReportStore(max_age=10, max_reports=5)
+    store.put("small", {})
+    store.put("large", {"positions": [[list(range(1000))] * 2] * 2})
+    assert store.get("small") is None and store.get("large") is not None
+    store.put("next", {})
+    assert store.get("large") is None and store.get("next") is not None
+
+
 def test_a_report_that_is_put_again_is_the_newest(clock):
     store = report.ReportStore(max_age=10, max_reports=2)
     store.put("a", {"try": 1})
