@@ -11,9 +11,10 @@ from sglang_vlkv.radix import ExactRadixCache
 class ReservingPrefillAdder(PrefillAdder):
     """Admits a request only where its kept rows will find room too.
 
-    A compaction gives back what the request computed itself. A prefix that it found in the tree
-    may be locked by others and then frees nothing, so the kept rows are charged where they exceed
-    the computed part.
+    A compaction gives back the part of the prompt that the request computed itself. A prefix that
+    it found in the tree may be locked by others and then frees nothing, so the kept rows are
+    charged where they exceed the computed part. A request on its own is charged nothing: nobody
+    else can hold its prefix, and SGLang promises that what fits the pool is admitted then.
     """
 
     tree_cache: ExactRadixCache
@@ -51,7 +52,10 @@ class ReservingPrefillAdder(PrefillAdder):
         """Upstream's seam for what a request needs beside its new tokens."""
         reserve = super()._request_slot_reserve_for_req(req, extend_input_len=extend_input_len)
         plan = self.tree_cache.state_of(req).plan
-        if plan.left_alone or req.kv.holds_kv:
+        alone = not (self.running_batch.reqs or self.can_run_list or self._pending)
+        # Before its prefix is matched, as when preemption asks, nothing is known of its needs.
+        matched = len(req.full_untruncated_fill_ids) > 0
+        if plan.left_alone or req.kv.holds_kv or alone or not matched:
             return reserve
-        computed = len(req.full_untruncated_fill_ids) - req.prefix_len
+        computed = max(0, len(req.origin_input_ids) - req.prefix_len)
         return reserve + max(0, plan.max_slots - computed)

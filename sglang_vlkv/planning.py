@@ -6,7 +6,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.multimodal.modality import Modality as SglangModality
 
-from sglang_vlkv.base import Modality, Policy, Prompt
+from sglang_vlkv.base import VISUAL, Modality, Policy, Prompt
 from sglang_vlkv.requests import Plan
 
 _MODALITIES = {
@@ -14,6 +14,11 @@ _MODALITIES = {
     SglangModality.VIDEO: Modality.VIDEO,
     SglangModality.AUDIO: Modality.AUDIO,
 }
+
+
+def _items(req: Req) -> list:
+    """The request's multimodal items."""
+    return req.multimodal_inputs.mm_items if req.multimodal_inputs else []
 
 
 class Planner:
@@ -35,14 +40,17 @@ class Planner:
         self._end_of_turn = torch.tensor(sorted(end_of_turn_ids), dtype=torch.int64)
 
     def read_prompt(self, req: Req) -> Prompt:
-        """Tags every prompt position of ``req``, placeholders expanded, outputs left out."""
+        """Tags every prompt position of ``req``, placeholders expanded, outputs left out.
+
+        SGLang replaces an item's placeholders by ids of the item's own, which say where it is also
+        where its spans are not stated (LLaVA) or no longer true (a session that cut its history).
+        """
         ids = torch.tensor(req.origin_input_ids, dtype=torch.int64)
         tags = torch.full_like(ids, Modality.TEXT, dtype=torch.uint8)
         tags[torch.isin(ids, self._special)] = Modality.SYSTEM
-        for item in req.multimodal_inputs.mm_items if req.multimodal_inputs else ():
-            modality = _MODALITIES[item.modality]
-            for start, end in item.offsets or ():
-                tags[start : end + 1] = modality
+        for item in _items(req):
+            own = [value for value in item.padding_values() if value is not None]
+            tags[torch.isin(ids, torch.tensor(own, dtype=torch.int64))] = _MODALITIES[item.modality]
         ends = torch.isin(ids, self._end_of_turn).nonzero().flatten().tolist()
         # The last message of a chat is closed too, so the newest turn follows the one before it.
         return Prompt(tags, last_turn=ends[-2] + 1 if len(ends) > 1 else 0)
@@ -53,8 +61,10 @@ class Planner:
         n = prompt.num_tokens
         max_slots = -(-policy.max_total(n, self._num_layers) // self._num_layers)
         reason = ""
-        if not prompt.num_visual:
+        if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
             reason = "no image or video"
+        elif not prompt.num_visual:
+            reason = "its images or videos stand nowhere in the prompt"
         elif n < policy.min_prompt_tokens:
             reason = f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
         elif max_slots >= n and not policy.compact_always:

@@ -152,10 +152,10 @@ def _server_refusals(cfg) -> list[Refusal]:
             "Drop --radix-cache-backend",
         ),
         Refusal(
-            bool(cfg.enable_streaming_session),
-            "--enable-streaming-session",
-            "a session keeps its row, and the next turn would need the exact one",
-            "Drop --enable-streaming-session",
+            bool(cfg.enable_streaming_session or cfg.enable_session_radix_cache),
+            "sessions that hold KV (--enable-streaming-session, --enable-session-radix-cache)",
+            "a compacted request has left the tree that they hold it in",
+            "Drop these flags",
         ),
         Refusal(
             cfg.kv_cache_dtype not in (None, "auto", "bfloat16", "bf16", "float16", "float32"),

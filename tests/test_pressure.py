@@ -53,6 +53,18 @@ def test_one_request_that_fills_the_pool(tight):
     assert answer["meta_info"]["completion_tokens"] == 64
 
 
+def test_a_warm_request_that_fills_the_pool_is_admitted_again(tight):
+    """Its prefix is pinned while its admission is considered; room for its rows is not charged twice."""
+    rng = random.Random(6)
+    prompt = Prompt(words(rng, 8), [picture(rng, 28 * 44, 28 * 44)])
+    tight.flush()
+    for attempt in range(3):
+        answer = tight.generate(prompt.text, prompt.images, max_new_tokens=4000, stop_regex=".{6}")
+        seen = report(answer)
+        assert seen["policy"] == "vlcache"
+        assert (seen["prefix"]["kind"] == "exact") == (attempt > 0)
+
+
 def test_a_burst_of_twenty_does_not_pile_up(tight):
     tight.flush()
     before = len(tight.log())

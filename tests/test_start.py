@@ -67,7 +67,7 @@ def test_what_cannot_be_served_is_refused_before_loading(tmp_path):
         "--pp-size": ["--pp-size", "2"],
         "hierarchical": ["--enable-hierarchical-cache"],
         "--attention-backend triton": ["--attention-backend", "triton"],
-        "--enable-streaming-session": ["--enable-streaming-session"],
+        "--enable-streaming-session,": ["--enable-streaming-session"],
         "--kv-cache-dtype": ["--kv-cache-dtype", "fp8_e5m2"],
         "KV heads": ["--tp-size", "4"],
         "in (0, 1]": ["--kv-budget", "1.5"],
