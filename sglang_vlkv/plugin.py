@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 import pkgutil
 from importlib.metadata import version
 from typing import Callable, NamedTuple
 
 from sglang_vlkv import SUPPORTED_SGLANG, __version__
-
-logger = logging.getLogger(__name__)
 
 AFTER, AROUND, BEFORE = "after", "around", "before"
 

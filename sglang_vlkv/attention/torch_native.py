@@ -146,9 +146,10 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             )
         if self._work.decodes:
             offsets = torch.tensor([decode.offset for decode in self._work.decodes])
-            rows = torch.empty_like(q_heads[offsets])
-            self._ragged_decode(layer, q_heads[offsets], rows)
-            out_heads[offsets] = rows
+            queries = q_heads[offsets]
+            attended = torch.empty_like(queries)
+            self._ragged_decode(layer, queries, attended)
+            out_heads[offsets] = attended
         self._score(layer, q_heads, keys)
         return out
 
