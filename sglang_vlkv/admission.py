@@ -59,3 +59,10 @@ class ReservingPrefillAdder(PrefillAdder):
             return reserve
         computed = max(0, len(req.origin_input_ids) - req.prefix_len)
         return reserve + max(0, plan.max_slots - computed)
+
+    def _get_running_request_total_token_offset(self, req: Req) -> int:
+        """A request under fixed-point elimination grows no more."""
+        state = self.tree_cache.requests.get(req)
+        if state is not None and state.sliding:
+            return 0
+        return super()._get_running_request_total_token_offset(req)

@@ -50,7 +50,7 @@ def _choose_attention_backend(server_args, previous) -> None:
 
     named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     cfg = resolving_view(server_args)
-    if config.policy_of(server_args) and not any(getattr(cfg, name) for name in named):
+    if config.settings_of(server_args) and not any(getattr(cfg, name) for name in named):
         declare_resolution(server_args, "sglang_vlkv", attention_backend="torch_native")
     previous(server_args)
 
@@ -63,7 +63,7 @@ def _validate(server_args, previous) -> None:
     from sglang_vlkv.validation import refuse
 
     previous(server_args)
-    if config.policy_of(server_args) is None:
+    if config.settings_of(server_args) is None:
         if any(getattr(server_args, name, None) for name in ("kv_budget", "kv_policy_config")):
             logger.warning("--kv-budget and --kv-policy-config have no effect without --kv-policy.")
         return

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import ClassVar, Mapping, NamedTuple
+from functools import cached_property
+from typing import Callable, ClassVar, Iterator, Mapping, NamedTuple
 
 import torch
+
+from sglang_vlkv.budgets import proportional
+from sglang_vlkv.rope import Rope
 
 
 class Modality(IntEnum):
@@ -40,24 +44,68 @@ class Prompt:
     Attributes:
         tags: :class:`Modality` of every position, ``[n]`` uint8 on the CPU.
         last_turn: first position of the newest turn.
+        positions: rotary positions ``[axes, n]`` int64: three axes (time, height, width) under
+            M-RoPE, else one; None where they are 0 .. n-1.
     """
 
     tags: torch.Tensor
     last_turn: int = 0
+    positions: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.tags.numel()
 
     @property
+    def visual(self) -> torch.Tensor:
+        """Which positions hold a visual token, ``[n]`` bool."""
+        return torch.isin(self.tags, torch.tensor(VISUAL, dtype=self.tags.dtype))
+
+    @property
     def num_visual(self) -> int:
-        return int(sum((self.tags == m).sum() for m in VISUAL))
+        return int(self.visual.sum())
 
     @property
     def vision_end(self) -> int:
         """Position after the last visual token; 0 without one."""
-        visual = sum(self.tags == m for m in VISUAL).nonzero()
+        visual = self.visual.nonzero()
         return int(visual[-1]) + 1 if len(visual) else 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a prompt, as a policy sees it. Nothing here may be written to.
+
+    Attributes:
+        prompt: what the positions hold.
+        q: queries after RoPE, ``[R, Hq, D]``: of the last R positions that ``k`` holds.
+        k: keys after RoPE, ``[n, Hkv, D]``.
+        values: reads the values, see :attr:`v`.
+        scale: factor on the dot products.
+        index: the layer's number.
+        rope: the model's rotary embedding, None where it has none.
+        seen: what :meth:`Policy.observe` made of the prompt's queries; None if it does not observe.
+    """
+
+    prompt: Prompt
+    q: torch.Tensor
+    k: torch.Tensor
+    values: Callable[[], torch.Tensor]
+    scale: float
+    index: int = 0
+    rope: Rope | None = None
+    seen: object = None
+
+    @cached_property
+    def v(self) -> torch.Tensor:
+        """Values, ``[n, Hkv, D]``."""
+        return self.values()
+
+    def positions(self, start: int, end: int) -> torch.Tensor:
+        """Rotary positions of prompt positions ``[start, end)``, ``[axes, end - start]`` int64."""
+        if self.prompt.positions is None:
+            return torch.arange(start, end, device=self.k.device)[None]
+        return self.prompt.positions[:, start:end].to(self.k.device)
 
 
 class LayerScores(NamedTuple):
@@ -66,11 +114,20 @@ class LayerScores(NamedTuple):
     Attributes:
         scores: importance of every key, ``[Hkv, n]`` float32; more is more important.
         zeros: attention entries that the ThresholdFilter counts as zero, summed over voting rows
-            and this rank's query heads. Tensor-parallel ranks add theirs.
+            and this rank's query heads.
+        entries: how many there were; 0 where no attention was computed.
+        quota_scores: a second importance ``[Hkv, n]``, by which the policy's ``quota`` is filled;
+            ``-inf`` where a key takes no part in it.
+        profile: what else the layer budgets depend on, ``[any]`` int64.
+
+    Tensor-parallel ranks add their ``zeros``, ``entries`` and ``profile``, and agree on budgets.
     """
 
     scores: torch.Tensor
-    zeros: int
+    zeros: int = 0
+    entries: int = 0
+    quota_scores: torch.Tensor | None = None
+    profile: torch.Tensor | None = None
 
 
 class Selection(NamedTuple):
@@ -79,15 +136,21 @@ class Selection(NamedTuple):
     Attributes:
         kept: per layer, the prompt positions kept by each KV head, ascending,
             ``[Hkv, num_kept[l]]`` int64.
-        sparsity: per layer, the measured fraction of zeros, in [0, 1].
+        sparsity: per layer, the measured fraction of zeros, in [0, 1]; None where no attention was
+            computed.
     """
 
     kept: list[torch.Tensor]
-    sparsity: list[float]
+    sparsity: list[float] | None
 
     @property
     def num_kept(self) -> list[int]:
         return [layer.shape[1] for layer in self.kept]
+
+
+def choice(default: str, *others: str):
+    """A dataclass field whose value is one of these words."""
+    return field(default=default, metadata={"choices": (default, *others)})
 
 
 @dataclass(frozen=True)
@@ -101,6 +164,7 @@ class Policy:
             Lower frees more memory and loses more of the picture.
         recent_fraction: fraction of each layer's budget that the last prompt tokens take
             unconditionally, inside the budget. Higher favours the question's end over the picture.
+        sink_tokens: how many of the prompt's first tokens always stay, inside the budget.
         min_rows, max_rows: least and most voting rows (the prompt positions whose attention
             scores the keys). More rows cost scoring time and re-prefill on a prefix hit.
         voting: ``post_vision`` lets all text after the last visual token vote, ``last_turn`` only
@@ -109,18 +173,37 @@ class Policy:
         modality_floors: per modality name, the least fraction of its tokens kept by every layer
             and head, inside the budget: ``{"text": 1.0}`` keeps all text. Where floors exceed the
             budget their best-scored tokens win.
+        floors_share: most of a layer's budget that floors may take.
+        quota: fraction of what recent window, sinks and floors leave of a layer's budget that goes
+            by the policy's second score, where it has one.
+        merge: what happens to the rows that do not stay. ``none`` drops them; ``bucket_mean``
+            averages each into the kept row nearest by position (Elastic Cache, arXiv 2407.18121),
+            ``similar`` into the kept row with the most similar key (LOOK-M, arXiv 2406.18139).
+        merge_threshold: ``similar`` drops rows whose best cosine similarity is below it.
+        decode: ``append`` keeps the KV of all output tokens; ``fixed_point`` evicts a row for every
+            output token, so that the cache stays at its size (Elastic Cache).
+        fixed_point_distance: rows at the end of a layer that ``fixed_point`` lets slide; it evicts
+            at row ``max(sink_tokens, rows - fixed_point_distance)``.
         compact_always: compact even where that frees nothing (a budget of 1); for testing.
     """
 
     name: ClassVar[str]
+    needs_rope: ClassVar[bool] = False
 
     budget: float = 0.1
     recent_fraction: float = 0.1
+    sink_tokens: int = 0
     min_rows: int = 16
     max_rows: int = 256
-    voting: str = field(default="post_vision", metadata={"choices": ("post_vision", "last_turn")})
+    voting: str = choice("post_vision", "last_turn")
     min_prompt_tokens: int = 256
     modality_floors: Mapping[str, float] = field(default_factory=dict)
+    floors_share: float = 1.0
+    quota: float = 0.0
+    merge: str = choice("none", "bucket_mean", "similar")
+    merge_threshold: float = 0.0
+    decode: str = choice("append", "fixed_point")
+    fixed_point_distance: int = 25
     compact_always: bool = False
 
     def __post_init__(self) -> None:
@@ -128,9 +211,14 @@ class Policy:
         for option in fields(self):
             check_type(self.name, option, getattr(self, option.name))
         require(0 < self.budget <= 1, "budget", self.budget, "in (0, 1]")
-        require(0 <= self.recent_fraction <= 1, "recent_fraction", self.recent_fraction, "in [0, 1]")
+        for name in ("recent_fraction", "floors_share", "quota"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        require(-1 <= self.merge_threshold <= 1, "merge_threshold", self.merge_threshold, "in [-1, 1]")
+        require(self.sink_tokens >= 0, "sink_tokens", self.sink_tokens, "at least 0")
         require(self.min_rows >= 1, "min_rows", self.min_rows, "at least 1")
         require(self.max_rows >= self.min_rows, "max_rows", self.max_rows, "at least min_rows")
+        distance = self.fixed_point_distance
+        require(distance >= 1, "fixed_point_distance", distance, "at least 1")
         require(
             self.budget * self.min_prompt_tokens >= 1,
             "min_prompt_tokens",
@@ -142,6 +230,14 @@ class Policy:
             require(name in names, "modality_floors", name, f"one of {', '.join(names)}")
             is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
             require(is_number and 0 <= fraction <= 1, f"modality_floors[{name}]", fraction, "in [0, 1]")
+
+    @property
+    def observes(self) -> bool:
+        """Whether the queries of the whole prompt matter, not only the voting rows'.
+
+        Then nothing of a cached prefix can be used: its queries are gone.
+        """
+        return False
 
     def num_voting(self, prompt: Prompt) -> int:
         """R: how many of the last prompt positions vote."""
@@ -159,19 +255,48 @@ class Policy:
         """Most rows that all layers together keep of a prompt: what admission reserves."""
         return num_tokens(self.budget, num_prompt, num_layers)
 
-    def score(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> LayerScores:
-        """Scores one layer's keys.
+    def max_slots(self, num_prompt: int, num_layers: int) -> int:
+        """Most pool slots that the kept rows take; a slot holds one row of every layer."""
+        slots = -(-self.max_total(num_prompt, num_layers) // num_layers)
+        return slots + (self.fixed_point_distance if self.decode == "fixed_point" else 0)
+
+    def num_sliding(self, num_kept: int) -> int:
+        """Rows at the end of a layer that ``fixed_point`` evicts from, one for every output token."""
+        at = max(self.sink_tokens, num_kept - self.fixed_point_distance)
+        return num_kept - min(at, num_kept - 1)
+
+    def floors(self, prompt: Prompt) -> Iterator[tuple[torch.Tensor, float]]:
+        """Groups of positions, ``[n]`` bool, and the least fraction of each that stays."""
+        for name, fraction in self.modality_floors.items():
+            yield prompt.tags == Modality[name.upper()], fraction
+
+    def observe(self, seen: object, layer: Layer) -> object:
+        """Takes in a prefill chunk; called chunk after chunk where :attr:`observes` is set.
 
         Args:
-            q: the voting rows' queries after RoPE, ``[R, Hq, D]``.
-            k: the whole prompt's keys after RoPE, ``[n, Hkv, D]``.
-            scale: factor on the dot products.
+            seen: what the chunk before returned, None at the first.
+            layer: the chunk's queries, and the keys and values up to its end.
+
+        Returns:
+            What becomes ``seen`` of :meth:`score`. It must not grow with queries times keys.
         """
         raise NotImplementedError
 
-    def layer_budgets(self, sparsity: list[float], num_prompt: int) -> list[int]:
-        """Rows that each layer keeps per KV head, from the layers' measured sparsity."""
+    def score(self, layer: Layer) -> LayerScores:
+        """Scores one layer's keys once the prompt is complete; ``q`` are the voting rows'."""
         raise NotImplementedError
+
+    def layer_budgets(
+        self, sparsity: list[float], num_prompt: int, profiles: list[torch.Tensor] | None = None
+    ) -> list[int]:
+        """Rows that each layer keeps per KV head; equal layers unless overridden.
+
+        Args:
+            sparsity: per layer, as measured (0 where it was not).
+            profiles: per layer, the ``profile`` of its scores, added over the ranks.
+        """
+        num_layers = len(sparsity)
+        return proportional([1.0] * num_layers, self.max_total(num_prompt, num_layers), num_prompt)
 
 
 def require(ok: bool, option: str, value: object, allowed: str) -> None:
@@ -187,9 +312,12 @@ def check_type(policy: str, option, value: object) -> None:
         "int": ((int,), "an integer"),
         "bool": ((bool,), "true or false"),
         "str": ((str,), "a string"),
+        "Sequence[int]": ((list, tuple), "a list of integers"),
     }
     types, words = kinds.get(option.type, ((Mapping,), "an object of modality names to fractions"))
     fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+    if fits and option.type == "Sequence[int]":
+        fits = all(isinstance(x, int) and not isinstance(x, bool) for x in value)
     require(fits, f"{policy} option {option.name}", value, words)
     choices = option.metadata.get("choices")
     if choices:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
+
+
+def least(total: int, num_layers: int, num_prompt: int) -> int:
+    """Rows that no layer goes below: one in a hundred, where the total allows it."""
+    return min(max(1, math.ceil(num_prompt / 100)), total // num_layers)
+
 
 def proportional(weights: list[float], total: int, num_prompt: int) -> list[int]:
     """Splits exactly ``total`` rows over the layers in proportion to ``weights``.
@@ -29,7 +36,7 @@ def proportional(weights: list[float], total: int, num_prompt: int) -> list[int]
             f"{total} rows cannot be split over {num_layers} layers of {n} tokens; "
             f"at least {num_layers} and at most {n * num_layers} can"
         )
-    low = min(max(1, math.ceil(n / 100)), total // num_layers)
+    low = least(total, num_layers, n)
     # A layer of weight zero would never reach n, which a total near n * L needs.
     tiny = max(weights) * 1e-9 or 1.0
     weights = [max(w, tiny) for w in weights]
@@ -70,6 +77,31 @@ def _clamped_shares(weights: list[float], total: float, low: float, high: float)
     middle = (before + corner) / 2
     slope = sum(w for w in weights if low < middle * w < high)
     return at(before + (total - sum(at(before))) / slope if slope else corner)
+
+
+def cumulative(importance: list[torch.Tensor], total: int) -> list[int]:
+    """Splits exactly ``total`` rows so that all layers cover the same share of their importance.
+
+    Every layer takes its keys best first; the next row goes to the layer whose keys so far cover
+    the smallest share of its sum, ties to the lower layer, and no layer goes below :func:`least`.
+
+    Args:
+        importance: per layer, one number >= 0 per key, ``[n]``.
+        total: rows to give out, in [L, n * L].
+
+    Returns:
+        Rows per layer; their sum is ``total``.
+    """
+    num_layers, n = len(importance), len(importance[0])
+    covered = []
+    for layer in importance:
+        best_first = layer.double().sort(descending=True).values
+        before = best_first.cumsum(0) - best_first  # share covered before each row is taken
+        covered.append(before / best_first.sum().clamp_min(1e-300))
+    covered = torch.stack(covered)
+    covered[:, : least(total, num_layers, n)] = -1.0
+    taken = covered.flatten().sort(stable=True).indices[:total] // n
+    return torch.bincount(taken, minlength=num_layers).tolist()
 
 
 def clipped(weights: list[float], budget: float, num_prompt: int) -> list[int]:

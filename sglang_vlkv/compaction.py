@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
-from sglang_vlkv.base import Modality, Policy, Selection
+from sglang_vlkv.base import Modality, Selection
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
+from sglang_vlkv.merging import merge
 from sglang_vlkv.radix import ExactRadixCache
 from sglang_vlkv.requests import RequestState
 from sglang_vlkv.select import select
@@ -46,10 +47,8 @@ class Compactor:
     an uncompacted prompt.
 
     Args:
-        policy: the server's policy.
         tree: the scheduler's radix cache.
-        num_q_heads: query heads of the whole model.
-        sum_over_ranks: adds a list of integers over the tensor-parallel ranks.
+        sum_over_ranks: adds an int64 tensor over the tensor-parallel ranks, in place or not.
 
     Attributes:
         resting: requests that the last run retracted. Their prefill's result is still to come, so
@@ -57,15 +56,9 @@ class Compactor:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        tree: ExactRadixCache,
-        num_q_heads: int,
-        sum_over_ranks: Callable[[list[int]], list[int]],
+        self, tree: ExactRadixCache, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         self.resting: list[Req] = []
-        self._policy = policy
-        self._num_q_heads = num_q_heads
         self._tree = tree
         self._pool = tree.pool
         self._req_to_token_pool = tree.req_to_token_pool
@@ -75,6 +68,7 @@ class Compactor:
         """Compacts what is pending in ``batch``; a request for whose rows there is no room is
         retracted, never decoded from its exact prompt."""
         self.resting = []
+        self._slide(batch)
         if not any(state.pending for state in self._pool.requests.holders()):
             return
         finishing = scheduler._reqs_finishing_inflight(batch)
@@ -91,8 +85,8 @@ class Compactor:
             return
         # All exact prompts go before any kept row is placed: they may share what they free.
         gathered = [
-            self._gather(req, state, sparsity)
-            for (req, state), sparsity in zip(fresh, self._sparsity(fresh), strict=True)
+            self._gather(req, state, selection)
+            for (req, state), selection in zip(fresh, self._select(fresh), strict=True)
         ]
         homeless = [item.req for item in gathered if not self._place(item)]
         if homeless:
@@ -100,27 +94,59 @@ class Compactor:
         # SGLang clears this flag only when a request leaves; the freed rows can admit others now.
         batch.batch_is_full = False
 
-    def _sparsity(self, fresh: list[tuple[Req, RequestState]]) -> list[list[float]]:
-        """Per request and layer, the fraction of zeros over all ranks' heads."""
-        layers = range(self._pool.layer_num)
+    def _select(self, fresh: list[tuple[Req, RequestState]]) -> list[Selection]:
+        """What each request keeps; the layers' budgets are equal on all ranks."""
+        num_layers = self._pool.layer_num
+        counted = []
         for req, state in fresh:
-            if len(state.scores) != len(layers):
+            if len(state.scores) != num_layers:
                 raise RuntimeError(
-                    f"request {req.rid} reached decode with {len(state.scores)} of {len(layers)} "
+                    f"request {req.rid} reached decode with {len(state.scores)} of {num_layers} "
                     "layers scored; please report this as a bug of sglang_vlkv"
                 )
-        zeros = [state.scores[layer].zeros for _, state in fresh for layer in layers]
-        entries = []
+            for layer in range(num_layers):
+                scores = state.scores[layer]
+                counted.append(torch.tensor([scores.zeros, scores.entries]))
+                counted.append(torch.empty(0) if scores.profile is None else scores.profile.cpu())
+        sizes = [len(numbers) for numbers in counted]
+        totals = iter(self._sum_over_ranks(torch.cat(counted).long()).split(sizes))
+        selections = []
         for _, state in fresh:
-            n, rows = state.plan.prompt.num_tokens, state.plan.num_voting
-            entries.append(rows * n - rows * (rows - 1) // 2)  # causally valid, per head
-        zeros = self._sum_over_ranks(zeros)
-        return [
-            [z / (self._num_q_heads * valid) for z in zeros[i * len(layers) : (i + 1) * len(layers)]]
-            for i, valid in enumerate(entries)
-        ]
+            sums = [(next(totals).tolist(), next(totals)) for _ in range(num_layers)]
+            sparsity = None
+            if all(entries for (_, entries), _ in sums):
+                sparsity = [zeros / entries for (zeros, entries), _ in sums]
+            layers = [state.scores[layer] for layer in range(num_layers)]
+            profiles = [profile for _, profile in sums]
+            plan = state.plan
+            selections.append(select(plan.policy, plan.prompt, layers, sparsity, profiles))
+        return selections
 
-    def _gather(self, req: Req, state: RequestState, sparsity: list[float]) -> Gathered:
+    def _slide(self, batch: ScheduleBatch) -> None:
+        """Gives back the slots of rows that the next decode step no longer sees.
+
+        Those lie right behind the kept rows that never slide; these move up in the request's row,
+        so that what it owns stays one range of it.
+        """
+        for req in batch.reqs:
+            state = self._pool.requests.get(req)
+            if state is None or not state.sliding or state.row is None:
+                continue
+            kv, start = req.kv, state.evicted
+            end = kv.kv_allocated_len + 1 - max(state.sliding)
+            if end <= start:
+                continue
+            self._tree.free_kv_row(kv, [(start, end)])
+            row = self._req_to_token_pool.req_to_token[kv.req_pool_idx]
+            fixed = row[kv.cache_protected_len : start].clone()
+            self._req_to_token_pool.write((kv.req_pool_idx, slice(kv.cache_protected_len, end)), 0)
+            owned = end - len(fixed)
+            self._req_to_token_pool.write((kv.req_pool_idx, slice(owned, end)), fixed)
+            kv.cache_protected_len = owned
+            state.evicted = end
+            batch.batch_is_full = False
+
+    def _gather(self, req: Req, state: RequestState, selection: Selection) -> Gathered:
         tree, pool, prompt = self._tree, self._pool, state.plan.prompt
         n = prompt.num_tokens
         if req.kv.cache_protected_len < n and not req.skip_radix_cache_insert:
@@ -129,30 +155,32 @@ class Compactor:
         protected = req.kv.cache_protected_len
         row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         slots = row[:n].long()
-        layers = [state.scores[layer].scores for layer in range(pool.layer_num)]
-        selection = select(self._policy, prompt, layers, sparsity)
-        chosen = [slots[kept] for kept in selection.kept]
-        tail = pool.storage[:, :, row[n : max(n, protected)].long()].transpose(0, 1)
-        gathered = Gathered(
-            req,
-            state,
-            selection,
-            [gather_rows(pool.k_buffer[layer], at) for layer, at in enumerate(chosen)],
-            [gather_rows(pool.v_buffer[layer], at) for layer, at in enumerate(chosen)],
-            tail.clone(),
-        )
+        rows = [self._rows(state, layer, slots, kept) for layer, kept in enumerate(selection.kept)]
+        tail = pool.storage[:, :, row[n : max(n, protected)].long()].transpose(0, 1).clone()
+        gathered = Gathered(req, state, selection, *map(list, zip(*rows)), tail)
         if protected < n:
             tree.free_kv_row(req.kv, [(protected, n)])
         tree.unlock(req.lock)
         req.lock = None
         return gathered
 
+    def _rows(self, state: RequestState, layer: int, slots: torch.Tensor, kept: torch.Tensor):
+        """K and V ``[num_kept, H, D]`` of one layer, with what was merged into them."""
+        keys, values = self._pool.k_buffer[layer], self._pool.v_buffer[layer]
+        if state.plan.policy.merge == "none":
+            return gather_rows(keys, slots[kept]), gather_rows(values, slots[kept])
+        return merge(state.plan.policy, keys[slots], values[slots], kept)
+
     def _place(self, item: Gathered) -> bool:
         """Moves the kept rows to slots of their own; False where the pool has no room for them."""
         req, state, pool = item.req, item.state, self._pool
         n = state.plan.prompt.num_tokens
-        num_kept = item.selection.num_kept
-        num_slots = -(-sum(num_kept) // pool.layer_num)
+        policy, num_kept = state.plan.policy, item.selection.num_kept
+        slides = policy.decode == "fixed_point"
+        sliding = [policy.num_sliding(k) if slides else 0 for k in num_kept]
+        num_fixed = [k - s for k, s in zip(num_kept, sliding, strict=True)]
+        num_packed = -(-sum(num_fixed) // pool.layer_num)
+        num_slots = num_packed + max(sliding)
         num_tail = item.tail.shape[2]
         # The request owns nothing below its outputs now; what follows only ever adds to that.
         req.kv.cache_protected_len = n + num_tail
@@ -161,8 +189,11 @@ class Compactor:
         if slots is None:
             return False
         kept, tail = slots[:num_slots], slots[num_slots:]
-        cells = pool.packed_cells(kept, num_kept)
+        cells = pool.packed_cells(kept[:num_packed], num_fixed)
         for layer, at in enumerate(cells):
+            # Rows that slide lie like tokens, one slot for the same row of every layer.
+            newest = kept[num_slots - sliding[layer] :].to(torch.int32)
+            at = torch.cat([at, newest + layer * pool.cells_per_layer])
             scatter_rows(pool.k_cells, at, item.keys[layer])
             scatter_rows(pool.v_cells, at, item.values[layer])
         pool.storage[:, :, tail] = item.tail.transpose(0, 1)
@@ -176,6 +207,7 @@ class Compactor:
         req.kv.cache_protected_len = n - num_slots
         state.skips_insert, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
         state.cells, state.kept_slots, state.selection = cells, num_slots, item.selection
+        state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
         state.scores = {}
         return True
 

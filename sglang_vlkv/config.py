@@ -1,17 +1,18 @@
-"""From flags, keyword arguments or YAML to a policy."""
+"""From flags, keyword arguments, YAML or a request to a policy."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from sglang_vlkv.base import Policy
-from sglang_vlkv.policies import POLICIES
+from sglang_vlkv.base import Policy, require
+from sglang_vlkv.policies import policies
 
 NONE = "none"
 DEFAULTS = {"kv_policy": NONE, "kv_budget": None, "kv_policy_config": None}
+REQUEST_KEYS = tuple(DEFAULTS)  # what custom_params may hold, beside kv_report
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KV-cache compression (sglang_vlkv)")
     group.add_argument(
         "--kv-policy",
-        choices=[NONE, *POLICIES],
+        choices=list(policies()),
         default=DEFAULTS["kv_policy"],
         help="Which KV rows of a prompt with images or video stay after its prefill; "
         "'vlcache' is VL-Cache (arXiv 2410.23317). Default: none, which changes nothing.",
@@ -34,44 +35,170 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--kv-policy-config",
         default=DEFAULTS["kv_policy_config"],
         metavar="JSON-OR-FILE",
-        help="Further options of the policy: a JSON object, or a file that holds one.",
+        help="Further options: a JSON object, or a file that holds one.",
     )
 
 
-def build_policy(
-    kv_policy: str = NONE,
+@dataclass(frozen=True)
+class Settings:
+    """What a server was started with.
+
+    Attributes:
+        policy: for requests that ask for nothing.
+        options: the policy's options as the operator gave them.
+        allow_override: whether requests may choose policy, budget and options themselves: true, or
+            a list of the policies they may choose.
+        min_budget, max_budget: what a request's budget must lie in.
+    """
+
+    policy: Policy
+    options: dict = field(default_factory=dict)
+    allow_override: bool | list[str] = False
+    min_budget: float = 0.01
+    max_budget: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the option, what it was and what it may be."""
+        allowed, names = self.allow_override, list(policies())
+        listed = isinstance(allowed, (list, tuple)) and all(name in names for name in allowed)
+        words = f"true, false or a list of policies out of {', '.join(names)}"
+        require(isinstance(allowed, bool) or listed, "allow_override", allowed, words)
+        for name in ("min_budget", "max_budget"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(is_number and 0 < value <= 1, name, value, "a number in (0, 1]")
+        bounds = self.min_budget, self.max_budget
+        require(bounds[0] <= bounds[1], "min_budget", bounds[0], "at most max_budget")
+        if allowed and self.policy.name != NONE:
+            budget = self.policy.budget
+            require(bounds[0] <= budget <= bounds[1], "budget", budget, f"{self._range} with allow_override")
+
+    @property
+    def choices(self) -> list[str]:
+        """Policies that a request may name."""
+        if not self.allow_override:
+            return []
+        allowed = policies() if self.allow_override is True else self.allow_override
+        return [name for name in allowed if name != NONE or self.max_budget == 1]
+
+    def describe(self) -> dict:
+        """As JSON values, for ``/server_info``."""
+        limits = {name: getattr(self, name) for name in OPERATOR_OPTIONS}
+        return {"policy": self.policy.name} | asdict(self.policy) | limits
+
+    def for_request(self, custom_params: dict | None) -> Policy:
+        """The policy of a request with these ``custom_params``.
+
+        Without ``kv_policy`` it is the server's, with the server's options, at another budget or
+        with further options. Another policy starts from its own defaults and the server's budget.
+
+        Raises:
+            ValueError: names the field, what it is and what it may be.
+        """
+        asked = {key: value for key, value in (custom_params or {}).items() if key in REQUEST_KEYS}
+        if not asked:
+            return self.policy
+        first = f"custom_params.{next(iter(asked))}"
+        if not self.allow_override:
+            raise ValueError(
+                f"{first} is set, but this server lets no request choose; it runs "
+                f"{self.policy.name} for all. Leave it out, or start the server with "
+                '--kv-policy-config \'{"allow_override": true}\'.'
+            )
+        name = asked.get("kv_policy", self.policy.name)
+        if "kv_policy" in asked:
+            words = f"one of {', '.join(self.choices)}"
+            require(name in self.choices, "custom_params.kv_policy", name, words)
+        options = asked.get("kv_policy_config") or {}
+        words = "an object of options"
+        require(isinstance(options, dict), "custom_params.kv_policy_config", options, words)
+        budget = asked.get("kv_budget")
+        if budget is not None:
+            is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+            in_range = is_number and self.min_budget <= budget <= self.max_budget
+            require(in_range, "custom_params.kv_budget", budget, f"a number {self._range}")
+            if options.get("budget", budget) != budget:
+                raise ValueError(
+                    f"custom_params.kv_budget {budget} contradicts budget {options['budget']} in "
+                    "custom_params.kv_policy_config; give one of them"
+                )
+            options = options | {"budget": budget}
+        inherited = {}
+        if name == self.policy.name:
+            inherited = self.options
+        elif NONE not in (name, self.policy.name):
+            inherited = {"budget": self.policy.budget}
+        policy = _policy(name, inherited | options, "custom_params.kv_policy_config")
+        in_range = self.min_budget <= policy.budget <= self.max_budget
+        require(in_range, "custom_params.kv_budget", policy.budget, self._range)
+        return policy
+
+    @property
+    def _range(self) -> str:
+        return f"in [{self.min_budget}, {self.max_budget}]"
+
+
+OPERATOR_OPTIONS = ("allow_override", "min_budget", "max_budget")
+
+
+def build_settings(
+    kv_policy: str | None = NONE,
     kv_budget: float | None = None,
     kv_policy_config: str | dict | None = None,
-) -> Policy | None:
-    """The configured policy, or None for ``none``.
+) -> Settings | None:
+    """What the flags ask for, or None where nothing of ours is to run.
+
+    ``none`` with ``allow_override`` is something: requests may then ask for a policy.
 
     Raises:
         ValueError: unknown policy, unknown option, or a value out of range; says what is allowed.
     """
-    if kv_policy in (NONE, None):
-        return None
-    if kv_policy not in POLICIES:
-        raise ValueError(f"--kv-policy {kv_policy!r} is unknown; use {NONE}, {', '.join(POLICIES)}")
-    policy = POLICIES[kv_policy]
+    name = kv_policy or NONE
+    if name not in policies():
+        raise ValueError(f"--kv-policy {name!r} is unknown; use {', '.join(policies())}")
     options = _read_options(kv_policy_config)
-    known = [option.name for option in fields(policy)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"--kv-policy-config has unknown option {', '.join(unknown)}; "
-            f"{kv_policy} knows {', '.join(known)}"
-        )
-    if kv_budget is not None:
+    limits = {key: options.pop(key) for key in OPERATOR_OPTIONS if key in options}
+    if name == NONE and not limits.get("allow_override"):
+        return None
+    if kv_budget is not None and name != NONE:
         if options.get("budget", kv_budget) != kv_budget:
             raise ValueError(
                 f"--kv-budget {kv_budget} contradicts budget {options['budget']} "
                 "in --kv-policy-config; give one of them"
             )
         options["budget"] = kv_budget
+    policy = _policy(name, options, "--kv-policy-config")
+    try:
+        return Settings(policy, options, **limits)
+    except ValueError as error:
+        raise ValueError(f"--kv-policy-config: {error}") from None
+
+
+def build_policy(
+    kv_policy: str | None = NONE,
+    kv_budget: float | None = None,
+    kv_policy_config: str | dict | None = None,
+) -> Policy | None:
+    """The policy of :func:`build_settings`, or None."""
+    settings = build_settings(kv_policy, kv_budget, kv_policy_config)
+    return settings and settings.policy
+
+
+def _policy(name: str, options: dict, source: str) -> Policy:
+    """The policy ``name`` with ``options``, which came from ``source``."""
+    policy = policies()[name]
+    known = [option.name for option in fields(policy)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        ours = f", {', '.join(OPERATOR_OPTIONS)}" if source.startswith("--") else ""
+        raise ValueError(
+            f"{source} has unknown option {', '.join(unknown)}; {name} knows {', '.join(known)}{ours}"
+        )
     try:
         return policy(**options)
     except ValueError as error:
-        raise ValueError(f"--kv-policy {kv_policy}: {error}") from None
+        where = "--kv-policy" if source.startswith("--") else "custom_params, kv_policy"
+        raise ValueError(f"{where} {name}: {error}") from None
 
 
 def _read_options(config: str | dict | None) -> dict:
@@ -98,6 +225,8 @@ def _read_options(config: str | dict | None) -> dict:
     return options
 
 
-def policy_of(server_args) -> Policy | None:
-    """The policy that a ServerArgs carries; None where it carries no flags of ours."""
-    return build_policy(**{name: getattr(server_args, name, value) for name, value in DEFAULTS.items()})
+def settings_of(server_args) -> Settings | None:
+    """What a ServerArgs carries; None where nothing of ours is to run."""
+    return build_settings(
+        **{name: getattr(server_args, name, value) for name, value in DEFAULTS.items()}
+    )

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from sglang_vlkv import config
 from sglang_vlkv.report import KEY, OPTION, POSITIONS, ReportStore
 
 _store = ReportStore()
+_KEYS = (*config.REQUEST_KEYS, OPTION)
 
 
-def validate_request(_result, _manager, obj, _input_ids) -> None:
+def validate_request(_result, manager, obj, _input_ids) -> None:
     """After ``TokenizerManager._validate_one_request``; a ValueError becomes an HTTP 400."""
     custom = (getattr(obj, "sampling_params", None) or {}).get("custom_params") or {}
+    unknown = [key for key in custom if str(key).startswith("kv_") and key not in _KEYS]
+    if unknown:
+        raise ValueError(f"custom_params.{unknown[0]} is unknown; known are {', '.join(_KEYS)}")
     if OPTION in custom and custom[OPTION] != POSITIONS:
         raise ValueError(
             f"custom_params.{OPTION} is {custom[OPTION]!r}; the only value it takes is {POSITIONS!r}"
+        )
+    settings = config.settings_of(manager.server_args)
+    if settings is not None:
+        settings.for_request(custom)
+    elif asked := [key for key in custom if key in config.REQUEST_KEYS]:
+        raise ValueError(
+            f"custom_params.{asked[0]} is set, but this server runs without a KV policy. Leave it "
+            "out, or start the server with --kv-policy and --kv-policy-config "
+            '\'{"allow_override": true}\'.'
         )
 
 

@@ -6,7 +6,8 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.multimodal.modality import Modality as SglangModality
 
-from sglang_vlkv.base import VISUAL, Modality, Policy, Prompt
+from sglang_vlkv.base import VISUAL, Modality, Prompt
+from sglang_vlkv.config import Settings
 from sglang_vlkv.requests import Plan
 
 _MODALITIES = {
@@ -22,20 +23,27 @@ def _items(req: Req) -> list:
 
 
 class Planner:
-    """Plans requests for one policy and one model.
+    """Plans requests for one server.
 
     Args:
-        policy: the server's policy.
+        settings: the server's policy, and what requests may choose.
         num_layers: L of the whole model.
+        has_rope: whether the model's rotary embedding is known.
         special_ids: token ids of the chat template and its delimiters.
         end_of_turn_ids: token ids that end a chat message.
     """
 
     def __init__(
-        self, policy: Policy, num_layers: int, special_ids: set[int], end_of_turn_ids: set[int]
+        self,
+        settings: Settings,
+        num_layers: int,
+        has_rope: bool,
+        special_ids: set[int],
+        end_of_turn_ids: set[int],
     ) -> None:
-        self.policy = policy
+        self._settings = settings
         self._num_layers = num_layers
+        self._has_rope = has_rope
         self._special = torch.tensor(sorted(special_ids), dtype=torch.int64)
         self._end_of_turn = torch.tensor(sorted(end_of_turn_ids), dtype=torch.int64)
 
@@ -53,13 +61,17 @@ class Planner:
             tags[torch.isin(ids, torch.tensor(own, dtype=torch.int64))] = _MODALITIES[item.modality]
         ends = torch.isin(ids, self._end_of_turn).nonzero().flatten().tolist()
         # The last message of a chat is closed too, so the newest turn follows the one before it.
-        return Prompt(tags, last_turn=ends[-2] + 1 if len(ends) > 1 else 0)
+        positions = req.multimodal_inputs.mrope_positions if req.multimodal_inputs else None
+        if positions is not None:
+            positions = positions[:, : len(ids)]  # a retracted request's cover its outputs too
+        return Prompt(tags, ends[-2] + 1 if len(ends) > 1 else 0, positions)
 
     def plan(self, req: Req) -> Plan:
         """Decides, before the prefill and from the request alone, what becomes of its prompt."""
-        prompt, policy = self.read_prompt(req), self.policy
+        prompt = self.read_prompt(req)
+        policy = self._settings.for_request(req.sampling_params.custom_params)
         n = prompt.num_tokens
-        max_slots = -(-policy.max_total(n, self._num_layers) // self._num_layers)
+        max_slots = policy.max_slots(n, self._num_layers)
         reason = ""
         if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
             reason = "no image or video"
@@ -69,7 +81,9 @@ class Planner:
             reason = f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
         elif max_slots >= n and not policy.compact_always:
             reason = "the budget keeps every row"
+        elif policy.needs_rope and not self._has_rope:
+            reason = f"{policy.name} needs a rotary position embedding, and the model has none"
         elif req.beam_group is not None:
             reason = "beam search"
-        return Plan(prompt, reason, 0 if reason else policy.num_voting(prompt), max_slots)
+        return Plan(prompt, policy, reason, 0 if reason else policy.num_voting(prompt), max_slots)
 

@@ -151,6 +151,7 @@ USES = {
         "PrefillAdder.add_one_req": "self req",
         "PrefillAdder.add_chunked_req": "self req",
         "PrefillAdder._request_slot_reserve_for_req": "self req extend_input_len",
+        "PrefillAdder._get_running_request_total_token_offset": "self req",
     },
     "sglang.srt.managers.scheduler_components.output_streamer": {
         "SchedulerOutputStreamer.build_additional_customized_info": "self reqs",

@@ -47,7 +47,7 @@ class ExactRadixCache(UnifiedRadixCache):
         return state
 
     def swa_reprefill_tail_tokens(self, req: Req | None = None) -> int:
-        """Caps the prefix hit so that the voting rows, and with them their queries, are computed.
+        """Caps the prefix hit so that the queries that the policy needs are computed.
 
         Upstream's seam for recomputing the end of a cached prefix.
         """
@@ -55,7 +55,7 @@ class ExactRadixCache(UnifiedRadixCache):
         if req is None:
             return tail
         plan = self.state_of(req).plan
-        return max(tail, plan.num_voting + len(req.output_ids)) if plan.compacts else tail
+        return max(tail, plan.num_computed + len(req.output_ids)) if plan.compacts else tail
 
     def maybe_hand_to_session(self, req: Req) -> None:
         """The request's row has just been written for a prefill, or for its next chunk."""

@@ -40,10 +40,11 @@ def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
     if selection is None:
         early = "finished at its first token" + " after a retraction" * bool(req.retraction_count)
         return report | {"reason": state.plan.left_alone or early}
-    policy = tree.planner.policy
+    policy = state.plan.policy
     report |= {
         "policy": policy.name,
         "budget": policy.budget,
+        "config": repr(policy),
         "voting_rows": state.plan.num_voting,
         "sparsity_per_layer": selection.sparsity,
         "kept_per_layer": selection.num_kept,

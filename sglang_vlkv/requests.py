@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from sglang_vlkv.base import LayerScores, Prompt, Selection
+from sglang_vlkv.base import LayerScores, Policy, Prompt, Selection
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Plan:
     """What will happen to a request's prompt.
 
     Attributes:
+        policy: what the request asked for, or the server's.
         left_alone: why the prompt stays uncompressed; empty where it is compacted.
         num_voting: R, the prompt positions at its end whose attention scores the keys.
         max_slots: most pool slots that the kept rows take.
     """
 
     prompt: Prompt
+    policy: Policy | None = None
     left_alone: str = ""
     num_voting: int = 0
     max_slots: int = 0
@@ -39,6 +41,13 @@ class Plan:
     def first_voting(self) -> int:
         return self.prompt.num_tokens - self.num_voting
 
+    @property
+    def num_computed(self) -> int:
+        """Prompt positions at its end whose queries are needed, whatever is cached."""
+        if self.left_alone:
+            return 0
+        return self.prompt.num_tokens if self.policy.observes else self.num_voting
+
 
 @dataclass
 class RequestState:
@@ -49,10 +58,14 @@ class RequestState:
         prefix_tokens: prompt tokens that its last prefill found in the radix tree.
         queries: per layer, the voting rows' queries so far, pieces of ``[rows, Hq, D]``; a voting
             window may straddle chunks.
+        seen: per layer, what the policy has observed of the prompt so far.
         scores: per layer, once its last chunk has run.
         cells: per layer, the cells of its compacted prompt, ``[num_kept[l]]`` int32; None while
-            the prompt is exact.
+            the prompt is exact. Without the sliding rows, where there are any.
         kept_slots: pool slots that hold the compacted prompt.
+        sliding: per layer, how many rows of the sequence's newest slots it sees beside ``cells``
+            (fixed-point elimination); empty where it sees all output tokens.
+        evicted: sequence position before which the slots of sliding rows have been given back.
         selection: what was kept, once compacted.
         skips_insert: the request's own ``skip_radix_cache_insert`` before compaction set it.
     """
@@ -61,9 +74,12 @@ class RequestState:
     row: int | None = None
     prefix_tokens: int = 0
     queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    seen: dict[int, object] = field(default_factory=dict)
     scores: dict[int, LayerScores] = field(default_factory=dict)
     cells: list[torch.Tensor] | None = None
     kept_slots: int = 0
+    sliding: list[int] = field(default_factory=list)
+    evicted: int = 0
     selection: Selection | None = None
     skips_insert: bool = False
 
@@ -93,8 +109,9 @@ class Requests:
     def take_row(self, state: RequestState, row: int) -> None:
         """``state``'s prefill begins in ``row``; whatever an earlier attempt left is dropped."""
         state.row = row
-        state.queries, state.scores = {}, {}
+        state.queries, state.seen, state.scores = {}, {}, {}
         state.cells, state.kept_slots, state.selection = None, 0, None
+        state.sliding, state.evicted = [], 0
         self._by_row[row] = state
 
     def release_row(self, state: RequestState) -> None:
@@ -102,7 +119,7 @@ class Requests:
         if self._by_row.get(state.row) is state:
             del self._by_row[state.row]
         state.row, state.cells = None, None
-        state.queries, state.scores = {}, {}
+        state.queries, state.seen, state.scores = {}, {}, {}
 
     def holders(self) -> Iterator[RequestState]:
         """The states that hold a row."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from sglang_vlkv.base import Modality, Policy, Prompt, Selection, num_tokens
+from sglang_vlkv.base import LayerScores, Policy, Prompt, Selection, num_tokens
+
+RECENT, FLOOR, QUOTA, REST = range(4)  # tiers: lower ones win whatever their score
 
 
 def top_positions(scores: torch.Tensor, num_kept: int, tier: torch.Tensor) -> torch.Tensor:
@@ -26,42 +28,65 @@ def top_positions(scores: torch.Tensor, num_kept: int, tier: torch.Tensor) -> to
     return by_score.gather(1, by_tier[:, :num_kept]).sort(dim=1).values
 
 
-def protection(
-    policy: Policy, prompt: Prompt, scores: torch.Tensor, num_recent: int
+def rank(scores: torch.Tensor) -> torch.Tensor:
+    """Every key's place in its head's ranking, ``[H, n]`` int64: 0 for the best, ties to the first."""
+    by_score = scores.sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(by_score)
+    return torch.empty_like(by_score).scatter_(1, by_score, places)
+
+
+def tiers(
+    policy: Policy,
+    prompt: Prompt,
+    scores: torch.Tensor,
+    num_kept: int,
+    quota_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The tier of every key: 0 the recent window, 1 what a modality's floor keeps, 2 the rest.
+    """The tier of every key of a layer that keeps ``num_kept``, ``[H, n]`` int8.
 
     Args:
         scores: ``[H, n]``.
-        num_recent: tokens at the prompt's end that are always kept.
-
-    Returns:
-        ``[H, n]`` int8.
+        quota_scores: ``[H, n]``; ``-inf`` where a key takes no part.
     """
-    tier = torch.full_like(scores, 2, dtype=torch.int8)
-    for name, fraction in policy.modality_floors.items():
-        members = (prompt.tags == Modality[name.upper()]).nonzero().flatten().to(scores.device)
+    n = scores.shape[1]
+    tier = torch.full_like(scores, REST, dtype=torch.int8)
+    for members, fraction in policy.floors(prompt):
+        members = members.nonzero().flatten().to(scores.device)
         count = num_tokens(fraction, len(members))
         if count:
-            none = torch.zeros(len(members), dtype=torch.int8, device=scores.device)
-            winners = members[top_positions(scores[:, members], count, none)]
-            tier.scatter_(1, winners, 1)
-    tier[:, scores.shape[1] - num_recent :] = 0
+            all_alike = torch.zeros(len(members), dtype=torch.int8, device=scores.device)
+            tier.scatter_(1, members[top_positions(scores[:, members], count, all_alike)], FLOOR)
+    num_recent = policy.num_recent(num_kept)
+    num_sinks = min(policy.sink_tokens, num_kept - num_recent)
+    tier[:, n - num_recent :] = RECENT
+    tier[:, :num_sinks] = RECENT
+    room = min(num_tokens(policy.floors_share, num_kept), num_kept - num_recent - num_sinks)
+    over = rank(scores.masked_fill(tier != FLOOR, -torch.inf)) >= room
+    tier[(tier == FLOOR) & over] = REST
+    if quota_scores is not None and policy.quota:
+        left = num_kept - (tier < QUOTA).sum(1, keepdim=True)
+        open_to = (tier == REST) & (quota_scores > -torch.inf)
+        best = rank(quota_scores.masked_fill(~open_to, -torch.inf))
+        tier[open_to & (best < (policy.quota * left).round())] = QUOTA
     return tier
 
 
 def select(
-    policy: Policy, prompt: Prompt, scores: list[torch.Tensor], sparsity: list[float]
+    policy: Policy,
+    prompt: Prompt,
+    layers: list[LayerScores],
+    sparsity: list[float] | None = None,
+    profiles: list[torch.Tensor] | None = None,
 ) -> Selection:
     """Budgets the layers and picks every head's winners.
 
     Args:
-        scores: per layer, ``[Hkv, n]`` float32.
-        sparsity: per layer, equal on all tensor-parallel ranks.
+        layers: the scores of every layer.
+        sparsity, profiles: per layer, added over the tensor-parallel ranks.
     """
-    budgets = policy.layer_budgets(sparsity, prompt.num_tokens)
+    budgets = policy.layer_budgets(sparsity or [0.0] * len(layers), prompt.num_tokens, profiles)
     kept = []
-    for layer_scores, num_kept in zip(scores, budgets, strict=True):
-        tier = protection(policy, prompt, layer_scores, policy.num_recent(num_kept))
-        kept.append(top_positions(layer_scores, num_kept, tier))
+    for layer, num_kept in zip(layers, budgets, strict=True):
+        tier = tiers(policy, prompt, layer.scores, num_kept, layer.quota_scores)
+        kept.append(top_positions(layer.scores, num_kept, tier))
     return Selection(kept, sparsity)

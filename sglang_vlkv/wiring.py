@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pkgutil
 
@@ -14,16 +13,16 @@ from sglang_vlkv.attention import COUNTERPARTS
 logger = logging.getLogger(__name__)
 
 
-def _served_policy():
-    """The policy of this process's server arguments, or None."""
+def _settings() -> config.Settings | None:
+    """What this process's server arguments ask for, or None."""
     from sglang.srt.runtime_context import get_context
 
-    return config.policy_of(get_context().server_args)
+    return config.settings_of(get_context().server_args)
 
 
 def pool_class(result, _platform, *, kind: str):
     """After ``SRTPlatform.get_kv_pool_cls``."""
-    if _served_policy() is None or kind != "mha":
+    if _settings() is None or kind != "mha":
         return result
     if result is not None:
         raise ValueError(
@@ -49,11 +48,10 @@ def register_backends() -> None:
 
     def counterpart(stock, ours: str):
         def create(runner):
-            policy = _served_policy()
-            if policy is None:
+            if _settings() is None:
                 return stock(runner)
             logger.info("Attention: %s, reading ragged rows", ours)
-            return pkgutil.resolve_name(ours)(runner, policy)
+            return pkgutil.resolve_name(ours)(runner)
 
         return create
 
@@ -67,8 +65,8 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
     Raises:
         RuntimeError: SGLang did not build what was registered; serving would go uncompressed.
     """
-    policy = _served_policy()
-    if policy is None:
+    settings = _settings()
+    if settings is None:
         return
     from sglang_vlkv import plugin
     from sglang_vlkv.compaction import Compactor
@@ -95,39 +93,40 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
             "--kv-policy is set but SGLang runs " + "; ".join(wrong) + ". Another plugin may have "
             "replaced these; list the plugins to load in SGLANG_PLUGINS, or use --kv-policy none."
         )
-    model_config = scheduler.model_config
+    has_rope = scheduler.tp_worker.model_runner.attn_backend.rope is not None
+    if settings.policy.needs_rope and not has_rope:
+        raise RuntimeError(
+            f"--kv-policy {settings.policy.name} needs a rotary position embedding and this model "
+            "has none that SGLang names rotary_emb. Use another policy."
+        )
     tokenizer = scheduler.tokenizer
     tree.planner = Planner(
-        policy,
+        settings,
         num_layers=tree.pool.layer_num,
+        has_rope=has_rope,
         special_ids=set(tokenizer.all_special_ids) if tokenizer else set(),
-        end_of_turn_ids=set(model_config.hf_eos_token_id or ()),
+        end_of_turn_ids=set(scheduler.model_config.hf_eos_token_id or ()),
     )
-    tree.compactor = Compactor(
-        policy, tree, model_config.num_attention_heads, _rank_sum(scheduler)
-    )
-    logger.info("KV policy armed: %r", policy)
+    tree.compactor = Compactor(tree, _rank_sum(scheduler))
+    logger.info("KV policy armed: %r", settings)
 
 
 def _rank_sum(scheduler):
     group = scheduler.tp_cpu_group
     if torch.distributed.get_world_size(group) == 1:
-        return lambda numbers: numbers
+        return lambda counts: counts
 
-    def total(numbers: list[int]) -> list[int]:
-        counts = torch.tensor(numbers, dtype=torch.int64)
+    def total(counts: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(counts, group=group)
-        return counts.tolist()
+        return counts
 
     return total
 
 
 def report_armed(info: dict, scheduler) -> dict:
     """After ``Scheduler.get_init_info``: becomes ``kv_policy`` in ``/server_info``."""
-    policy = _served_policy()
-    armed = {"policy": config.NONE}
-    if policy is not None:
-        armed = {"policy": policy.name} | dataclasses.asdict(policy)
+    settings = _settings()
+    armed = {"policy": config.NONE} if settings is None else settings.describe()
     return info | {"kv_policy": armed}
 
 
@@ -149,7 +148,7 @@ def adder_class(result, scheduler):
 
 def streamer_class(result, _scheduler):
     """After ``Scheduler.get_output_streamer_class``."""
-    if _served_policy() is None:
+    if _settings() is None:
         return result
     from sglang_vlkv.report import ReportingOutputStreamer
 

@@ -6,8 +6,8 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from sglang_vlkv.config import DEFAULTS, add_flags, build_policy, policy_of
-from sglang_vlkv.policies import POLICIES
+from sglang_vlkv.config import DEFAULTS, add_flags, build_policy, settings_of
+from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.vlcache import VLCache
 
 
@@ -21,14 +21,14 @@ def parser():
 def test_no_flags_mean_no_policy(parser):
     args = parser.parse_args([])
     assert vars(args) == DEFAULTS
-    assert policy_of(args) is None
-    assert policy_of(argparse.Namespace()) is None
+    assert settings_of(args) is None
+    assert settings_of(argparse.Namespace()) is None
 
 
 def test_flags_make_a_policy(parser):
     config = '{"min_rows": 4, "modality_floors": {"text": 1}}'
     flags = ["--kv-policy", "vlcache", "--kv-budget", "0.25", "--kv-policy-config", config]
-    assert policy_of(parser.parse_args(flags)) == VLCache(
+    assert settings_of(parser.parse_args(flags)).policy == VLCache(
         budget=0.25, min_rows=4, modality_floors={"text": 1}
     )
 
@@ -43,7 +43,7 @@ def test_defaults_are_the_specified_ones():
 
 def test_help_names_every_flag_and_policy(parser):
     text = parser.format_help()
-    assert all(word in text for word in ["--kv-policy ", "--kv-budget ", "--kv-policy-config ", *POLICIES])
+    assert all(word in text for word in ["--kv-policy ", "--kv-budget ", "--kv-policy-config ", *policies()])
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_json_file_and_mapping_say_the_same(tmp_path):
     options = {"budget": 0.2, "voting": "last_turn", "p": 0.05}
     file = tmp_path / "policy.json"
     file.write_text(json.dumps(options))
-    policies = [build_policy("vlcache", None, c) for c in (json.dumps(options), str(file), options)]
-    assert policies == [VLCache(**options)] * 3
+    built = [build_policy("vlcache", None, c) for c in (json.dumps(options), str(file), options)]
+    assert built == [VLCache(**options)] * 3
 
 
 def test_a_given_mapping_is_not_written_to():
@@ -87,7 +87,7 @@ def refusal(kv_policy="vlcache", kv_budget=None, kv_policy_config=None) -> str:
 
 def test_unknown_policy_is_refused_naming_the_known_ones():
     message = refusal("best")
-    assert all(word in message for word in ["--kv-policy", "'best'", "none", *POLICIES])
+    assert all(word in message for word in ["--kv-policy", "'best'", "none", *policies()])
 
 
 def test_unknown_options_are_refused_naming_the_known_ones():

@@ -11,9 +11,11 @@ import sglang_vlkv
 
 ROOT = Path(sglang_vlkv.__file__).parent
 BELOW = {
-    "base": set(),
     "budgets": set(),
+    "rope": set(),
+    "base": {"budgets", "rope"},
     "select": {"base"},
+    "merging": {"base"},
     "kernels": {"base", "kernels"},
     "policies": {"base", "budgets", "kernels", "policies"},
     "requests": {"base"},

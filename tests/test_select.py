@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sglang_vlkv.base import Modality, Prompt
+from sglang_vlkv.base import LayerScores, Modality, Prompt
 from sglang_vlkv.policies.vlcache import VLCache
-from sglang_vlkv.select import protection, select, top_positions
+from sglang_vlkv.select import select, tiers, top_positions
 
 T, I, V, A, S = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.AUDIO, Modality.SYSTEM
 N, HEADS, LAYERS = 63, 2, 3
@@ -60,7 +60,7 @@ def test_lower_tiers_win_whatever_their_score(seed):
 def test_scores_are_not_written_to():
     scores = random_scores(0)
     before = scores.clone()
-    select(VLCache(budget=0.3), PICTURE, [scores] * LAYERS, [0.5] * LAYERS)
+    select(VLCache(budget=0.3), PICTURE, [LayerScores(scores)] * LAYERS, [0.5] * LAYERS)
     assert torch.equal(scores, before)
 
 
@@ -70,7 +70,7 @@ def test_every_layer_keeps_its_budget_with_the_recent_window_inside(seed, budget
     policy = VLCache(budget=budget, recent_fraction=recent_fraction)
     scores = [random_scores(3 * seed + layer) for layer in range(LAYERS)]
     sparsity = [0.9, 0.2, 0.6]
-    selection = select(policy, PICTURE, scores, sparsity)
+    selection = select(policy, PICTURE, [*map(LayerScores, scores)], sparsity)
     assert selection.num_kept == policy.layer_budgets(sparsity, N)
     assert sum(selection.num_kept) == round(budget * N * LAYERS)
     assert selection.sparsity == sparsity
@@ -93,7 +93,7 @@ def test_all_text_stays_inside_the_budget_where_its_floor_is_one(seed):
     scores = [random_scores(seed + layer) for layer in range(LAYERS)]
     for layer_scores in scores:
         layer_scores[:, list(text)] = -1.0
-    selection = select(policy, PICTURE, scores, [0.5] * LAYERS)
+    selection = select(policy, PICTURE, [*map(LayerScores, scores)], [0.5] * LAYERS)
     for layer_scores, kept in zip(scores, selection.kept):
         assert kept.tolist() == [winners(head, kept.shape[1], text) for head in layer_scores.tolist()]
 
@@ -103,7 +103,7 @@ def test_floors_keep_their_best_scored_tokens_per_head():
     scores = random_scores(0)
     scores[:, PICTURE.tags == I] -= 10
     scores[:, PICTURE.tags == A] -= 20
-    tier = protection(policy, PICTURE, scores, num_recent=2)
+    tier = tiers(policy, PICTURE, scores, 20)
     kept = top_positions(scores, 20, tier)
     for head_scores, positions in zip(scores.tolist(), kept.tolist()):
         for modality, count in ((I, 8), (A, 3)):  # 0.25 * 30 is 7.5, half to even
@@ -113,10 +113,10 @@ def test_floors_keep_their_best_scored_tokens_per_head():
 
 
 def test_floors_beyond_the_budget_keep_their_best_behind_the_recent_window():
-    policy = VLCache(modality_floors={"image": 1.0})
+    policy = VLCache(modality_floors={"image": 1.0}, recent_fraction=0.17)
     scores = random_scores(0)
     scores[:, PICTURE.tags == I] -= 10
-    tier = protection(policy, PICTURE, scores, num_recent=2)
+    tier = tiers(policy, PICTURE, scores, 12)
     image = (PICTURE.tags == I).nonzero().flatten().tolist()
     for head, positions in zip(scores.tolist(), top_positions(scores, 12, tier).tolist()):
         best = winners([head[j] for j in image], 10)
@@ -127,7 +127,7 @@ def test_a_policy_without_floors_ignores_modalities():
     scores = [random_scores(layer) for layer in range(LAYERS)]
     everything_text = prompt_of((T, N))
     pictured, plain = (
-        select(VLCache(budget=0.3), prompt, scores, [0.5] * LAYERS).kept
+        select(VLCache(budget=0.3), prompt, [*map(LayerScores, scores)], [0.5] * LAYERS).kept
         for prompt in (PICTURE, everything_text)
     )
     assert all(torch.equal(a, b) for a, b in zip(pictured, plain, strict=True))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_vlkv.base import Modality, Policy
+from sglang_vlkv.attention.rotary import find_rope
+from sglang_vlkv.base import Layer, Modality
 from sglang_vlkv.kernels.ragged_attention import causal_extend, ragged_decode
 from sglang_vlkv.requests import RequestState
 
@@ -33,29 +34,36 @@ class Decode(NamedTuple):
     Attributes:
         cells: per layer, the compacted prompt's cells; None where the prompt is exact.
         slots: every token that has its own slot, ``[tokens]`` int32.
+        sliding: per layer, how many of the last ``slots`` it sees; empty where it sees all.
     """
 
     offset: int
     cells: list[torch.Tensor] | None
     slots: torch.Tensor
+    sliding: list[int]
 
     def indices(self, layer: int, base: int) -> torch.Tensor:
         """Cell ids of what the token sees in ``layer``; ``base`` is the cell of slot 0 there."""
-        own = self.slots + base
+        seen = self.slots[-self.sliding[layer] :] if self.sliding else self.slots
+        own = seen + base
         return own if self.cells is None else torch.cat([self.cells[layer], own])
 
 
-class Vote(NamedTuple):
-    """The voting rows among a request's queries: ``q[start:end]``.
+class Chunk(NamedTuple):
+    """The prompt positions among a request's queries, where its policy looks at them.
 
     Attributes:
-        keys: the whole prompt's slots ``[n]`` where its last chunk runs, else None.
+        queries: which queries of the batch are the chunk's, prompt positions only.
+        votes: which of them are voting rows; may be empty.
+        slots: of the prompt up to the chunk's end, ``[positions]``.
+        is_last: the chunk ends the prompt.
     """
 
     state: RequestState
-    start: int
-    end: int
-    keys: torch.Tensor | None
+    queries: slice
+    votes: slice
+    slots: torch.Tensor
+    is_last: bool
 
 
 @dataclass
@@ -64,7 +72,7 @@ class Work:
 
     extends: list[Extend] = field(default_factory=list)
     decodes: list[Decode] = field(default_factory=list)
-    votes: list[Vote] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
 
 
 class RaggedTorchNativeBackend(TorchNativeAttnBackend):
@@ -72,11 +80,14 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
 
     A prompt without a cached prefix makes the very attention call of SGLang's backend. Behind a
     prefix only the new rows are computed, where SGLang's backend computes all.
+
+    Attributes:
+        rope: the model's rotary embedding, None where none is known.
     """
 
-    def __init__(self, model_runner, policy: Policy) -> None:
+    def __init__(self, model_runner) -> None:
         super().__init__(model_runner)
-        self._policy = policy
+        self.rope = find_rope(model_runner.model)
         self._work = Work()
         self._workspace = torch.empty(0)
 
@@ -100,8 +111,9 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         state = self.token_to_kv_pool.requests.at_row(row)
         slots = self.req_to_token_pool.req_to_token[row, :length]
         if state is None or state.cells is None:
-            return Decode(offset, None, slots)
-        return Decode(offset, state.cells, slots[state.plan.prompt.num_tokens :])
+            return Decode(offset, None, slots, [])
+        first = length - max(state.sliding) if state.sliding else state.plan.prompt.num_tokens
+        return Decode(offset, state.cells, slots[first:], state.sliding)
 
     def _add_extend(self, extend: Extend) -> None:
         state = self.token_to_kv_pool.requests.at_row(extend.row)
@@ -113,12 +125,20 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         if state is None or not state.pending:
             return
         n = state.plan.prompt.num_tokens
-        first = max(extend.start, state.plan.first_voting)
-        last = min(extend.end, n)
-        if first < last:
-            keys = self.req_to_token_pool.req_to_token[extend.row, :n] if last == n else None
-            shift = extend.offset - extend.start
-            self._work.votes.append(Vote(state, first + shift, last + shift, keys))
+        end = min(extend.end, n)  # outputs of a retracted request do not vote
+        if extend.start >= end:
+            return
+        shift = extend.offset - extend.start
+        first_voting = min(max(extend.start, state.plan.first_voting), end)
+        chunk = Chunk(
+            state,
+            queries=slice(extend.start + shift, end + shift),
+            votes=slice(first_voting + shift, end + shift),
+            slots=self.req_to_token_pool.req_to_token[extend.row, :end],
+            is_last=end == n,
+        )
+        if state.plan.policy.observes or first_voting < end:
+            self._work.chunks.append(chunk)
 
     def forward_decode(
         self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache=True
@@ -174,13 +194,28 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         return self._workspace
 
     def _score(self, layer: RadixAttention, q: torch.Tensor, keys: torch.Tensor) -> None:
-        for vote in self._work.votes:
-            pieces = vote.state.queries.setdefault(layer.layer_id, [])
-            pieces.append(q[vote.start : vote.end].clone())
-            if vote.keys is not None:
-                queries = torch.cat(vote.state.queries.pop(layer.layer_id))
-                scores = self._policy.score(queries, keys[vote.keys], layer.scaling)
-                vote.state.scores[layer.layer_id] = scores
+        """What the policies see of this layer; they score a prompt at its last chunk."""
+        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        for chunk in self._work.chunks:
+            state, policy, index = chunk.state, chunk.state.plan.policy, layer.layer_id
+            state.queries.setdefault(index, []).append(q[chunk.votes].clone())
+            if not (policy.observes or chunk.is_last):
+                continue
+            prompt_layer = Layer(
+                prompt=state.plan.prompt,
+                q=q[chunk.queries],
+                k=keys[chunk.slots],
+                values=lambda slots=chunk.slots: values[slots],
+                scale=layer.scaling,
+                index=index,
+                rope=self.rope,
+            )
+            if policy.observes:
+                state.seen[index] = policy.observe(state.seen.get(index), prompt_layer)
+            if chunk.is_last:
+                voting = torch.cat(state.queries.pop(index))
+                seen = state.seen.pop(index, None)
+                state.scores[index] = policy.score(replace(prompt_layer, q=voting, seen=seen))
 
 
 def _heads(x: torch.Tensor, layer: RadixAttention) -> torch.Tensor:

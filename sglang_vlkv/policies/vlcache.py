@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_vlkv import budgets
-from sglang_vlkv.base import LayerScores, Policy, require
+from sglang_vlkv.base import Layer, LayerScores, Policy, require
 from sglang_vlkv.kernels.post_vision import post_vision_scores
 
 
@@ -37,10 +37,12 @@ class VLCache(Policy):
         super().__post_init__()
         require(0 < self.p < 1, "p", self.p, "in (0, 1)")
 
-    def score(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> LayerScores:
-        return post_vision_scores(q, k, scale, self.p)
+    def score(self, layer: Layer) -> LayerScores:
+        return post_vision_scores(layer.q, layer.k, layer.scale, self.p)
 
-    def layer_budgets(self, sparsity: list[float], num_prompt: int) -> list[int]:
+    def layer_budgets(
+        self, sparsity: list[float], num_prompt: int, profiles: list[torch.Tensor] | None = None
+    ) -> list[int]:
         weights = [1.0 - gamma for gamma in sparsity]
         if not self.renormalise:
             return budgets.clipped(weights, self.budget, num_prompt)

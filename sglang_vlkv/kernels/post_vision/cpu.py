@@ -12,17 +12,25 @@ TILE_ELEMENTS = 1 << 22  # float32 attention entries alive at once: 16 MiB
 
 
 def post_vision_scores(
-    q: torch.Tensor, k: torch.Tensor, scale: float, p: float, tile: int = TILE_ELEMENTS
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    p: float = 0.01,
+    reduce: str = "sum",
+    rows: torch.Tensor | None = None,
+    tile: int = TILE_ELEMENTS,
 ) -> LayerScores:
-    """Column sums of the voting rows' causal attention, and its thresholded zeros.
+    """Column sums (or maxima) of the voting rows' causal attention, and its thresholded zeros.
 
     ``A = softmax(q k^T * scale)`` in float32 over the whole prompt; the scores are A summed over
     the voting rows and over each KV head's query heads. An entry counts as zero when it is below
     ``p`` times its row's maximum, which on logits needs no normaliser: ``x < max + ln p``.
 
     Args:
-        q: the last R prompt positions' queries, ``[R, Hq, D]``; row i sits at n - R + i.
+        q: the voting rows' queries, ``[R, Hq, D]``.
         k: ``[n, Hkv, D]``.
+        reduce: ``sum`` over voting rows and a KV head's query heads, or their ``max``.
+        rows: positions of the voting rows, ``[R]`` int64 ascending; None for the last R.
         tile: attention entries to materialise at a time.
 
     Raises:
@@ -36,7 +44,8 @@ def post_vision_scores(
     q = (q.float() * scale).view(num_rows, num_kv_heads, group, head_dim).transpose(0, 1)
     k = k.transpose(0, 1)
     positions = torch.arange(num_keys, device=k.device)
-    first = num_keys - num_rows
+    rows = positions[num_keys - num_rows :] if rows is None else rows
+    first = int(rows[0])
     scores = torch.zeros(num_kv_heads, num_keys, dtype=torch.float32, device=k.device)
     zeros = torch.zeros((), dtype=torch.int64, device=k.device)
     # A tile is all rows of some heads, or, where not even one head's fit, some rows of one head.
@@ -46,13 +55,17 @@ def post_vision_scores(
         heads = slice(head, head + num_heads)
         keys = k[heads].float().mT  # [heads, D, n]
         for start in range(0, num_rows, step):
-            rows = q[heads, start : start + step]  # [heads, rows, G, D]
-            logits = rows.flatten(1, 2) @ keys  # [heads, rows * G, n]
-            # Only the last R columns can be in a row's future.
-            last = positions[first + start : first + start + rows.shape[1]]
-            future = positions[first:] > last.repeat_interleave(group)[:, None]
+            queries = q[heads, start : start + step]  # [heads, rows, G, D]
+            logits = queries.flatten(1, 2) @ keys  # [heads, rows * G, n]
+            # Nothing before the first voting row can be in a row's future.
+            future = positions[first:] > rows[start : start + step].repeat_interleave(group)[:, None]
             logits[..., first:].masked_fill_(future, -torch.inf)
             small = logits < logits.amax(-1, keepdim=True) + math.log(p)
-            zeros += small.sum() - len(rows) * future.sum()
-            scores[heads] += logits.softmax(-1).sum(1)
-    return LayerScores(scores, int(zeros))
+            zeros += small.sum() - len(queries) * future.sum()
+            attention = logits.softmax(-1)
+            if reduce == "sum":
+                scores[heads] += attention.sum(1)
+            else:
+                scores[heads] = torch.maximum(scores[heads], attention.amax(1))
+    entries = num_q_heads * int((rows + 1).sum())
+    return LayerScores(scores, int(zeros), entries)

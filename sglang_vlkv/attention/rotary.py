@@ -1,0 +1,17 @@
+"""Reading a model's rotary embedding."""
+
+from __future__ import annotations
+
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from torch import nn
+
+from sglang_vlkv.rope import Rope
+
+
+def find_rope(model: nn.Module) -> Rope | None:
+    """The rotary embedding of the language model's layers; None where it has none we know."""
+    for name, module in model.named_modules():
+        if name.endswith(".rotary_emb") and isinstance(module, RotaryEmbedding):
+            axes = getattr(module, "axis_map", None)
+            return Rope(module.cos_sin_cache, axes, module.is_neox_style)
+    return None

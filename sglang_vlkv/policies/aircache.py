@@ -1,0 +1,67 @@
+"""AirCache (arXiv 2503.23956)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Mapping
+
+import torch
+
+from sglang_vlkv.base import Layer, LayerScores, Policy, require
+from sglang_vlkv.budgets import proportional
+from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.policies.prefixkv import importance_profile
+
+
+@dataclass(frozen=True)
+class AirCache(Policy):
+    """Only the text that the prompt's last token attends to votes; strong and skewed layers get more.
+
+    AirCache (arXiv 2503.23956): an "elite" observation window steadies the votes, and a layer's
+    budget follows the strength (sum) and the skewness of its visual tokens' importance, half each.
+    All text stays, as the paper compresses visual tokens only.
+
+    Deviation: the paper's code is not public; elite rows are those that receive at least ``elite``
+    times the most that any voting row receives from the last token, mean over heads. The text
+    counts into the budget.
+
+    Attributes:
+        elite: in [0, 1]. 0 lets every voting row vote; higher listens to fewer.
+    """
+
+    name = "aircache"
+
+    modality_floors: Mapping[str, float] = field(
+        default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}
+    )
+    elite: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.elite <= 1, "elite", self.elite, "in [0, 1]")
+
+    def score(self, layer: Layer) -> LayerScores:
+        num_keys, num_rows = len(layer.k), len(layer.q)
+        last = post_vision_scores(layer.q[-1:], layer.k, layer.scale)
+        received = last.scores[:, num_keys - num_rows :].sum(0)
+        chosen = (received >= self.elite * received.max()).nonzero().flatten()
+        rows = chosen + num_keys - num_rows
+        votes = post_vision_scores(layer.q[chosen], layer.k, layer.scale, rows=rows)
+        visual = votes.scores[:, layer.prompt.visual.to(votes.scores.device)] / len(chosen)
+        return votes._replace(profile=importance_profile(visual))
+
+    def layer_budgets(
+        self, sparsity: list[float], num_prompt: int, profiles: list[torch.Tensor] | None = None
+    ) -> list[int]:
+        strength, skewness = [], []
+        for profile in profiles:
+            importance = profile.double()
+            deviation = importance - importance.mean()
+            spread = deviation.square().mean().sqrt().clamp_min(1e-300)
+            strength.append(float(importance.sum()))
+            skewness.append(max(0.0, float((deviation / spread).pow(3).mean())))
+        shares = [
+            [value / (sum(values) or 1.0) for value in values] for values in (strength, skewness)
+        ]
+        weights = [sum(both) / 2 for both in zip(*shares)]
+        return proportional(weights, self.max_total(num_prompt, len(weights)), num_prompt)

@@ -1,0 +1,69 @@
+"""InfiniPot-V (arXiv 2506.15745)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Mapping
+
+import torch
+from torch.nn.functional import avg_pool1d, normalize
+
+from sglang_vlkv.base import Layer, LayerScores, Modality, Policy, require
+
+
+@dataclass(frozen=True)
+class InfiniPotV(Policy):
+    """Without attention: patches that differ from the newest frames, and large values.
+
+    InfiniPot-V (arXiv 2506.15745): half of the budget goes to the video tokens least similar to
+    the same place in the most recent frames (TaR), the rest to the largest value norms (VaN).
+    Pictures have no frames and go by value norm alone.
+
+    Deviation: applied once, after the prefill, instead of whenever a memory limit is met, so it
+    does not lower the prefill's peak. All text stays, inside the budget.
+
+    Attributes:
+        recent_frames: fraction of a video's frames that the others are compared with; they
+            themselves come first.
+        kernel_size: neighbouring positions that a value norm is averaged over, odd.
+    """
+
+    name = "infinipotv"
+
+    modality_floors: Mapping[str, float] = field(
+        default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}
+    )
+    quota: float = 0.5
+    recent_frames: float = 0.25
+    kernel_size: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.recent_frames <= 1, "recent_frames", self.recent_frames, "in (0, 1]")
+        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
+        require(odd, "kernel_size", self.kernel_size, "odd and at least 1")
+
+    def score(self, layer: Layer) -> LayerScores:
+        norms = layer.v.float().norm(dim=-1).T
+        around = self.kernel_size // 2
+        smooth = avg_pool1d(norms, self.kernel_size, 1, around, count_include_pad=False)
+        return LayerScores(smooth, quota_scores=self._temporal_difference(layer))
+
+    def _temporal_difference(self, layer: Layer) -> torch.Tensor | None:
+        """``[H, n]``, ``-inf`` off the video; None without frames of one size to compare."""
+        video = (layer.prompt.tags == Modality.VIDEO).nonzero().flatten()
+        if layer.prompt.positions is None or not len(video):
+            return None
+        _, sizes = layer.prompt.positions[0, video].unique_consecutive(return_counts=True)
+        if len(sizes) < 2 or len(sizes.unique()) > 1:
+            return None
+        num_frames, video = len(sizes), video.to(layer.k.device)
+        keys = normalize(layer.k[video].float().transpose(0, 1), dim=-1)  # [H, tokens, D]
+        frames = keys.unflatten(1, (num_frames, -1))  # [H, frames, places, D]
+        num_recent = max(1, int(self.recent_frames * num_frames))
+        recent = frames[:, num_frames - num_recent :].mean(1, keepdim=True)
+        difference = -(frames * recent).sum(-1)  # minus the mean cosine, in [-1, 1]
+        difference[:, num_frames - num_recent :] = 1.0
+        scores = torch.full((len(keys), len(layer.k)), -torch.inf, device=layer.k.device)
+        scores[:, video] = difference.flatten(1)
+        return scores

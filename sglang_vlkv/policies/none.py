@@ -1,0 +1,22 @@
+"""The full cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_vlkv.base import Layer, LayerScores, Policy
+
+
+@dataclass(frozen=True)
+class KeepAll(Policy):
+    """Keeps every row: what a request asks for to be left alone where the server has a policy."""
+
+    name = "none"
+
+    budget: float = 1.0
+
+    def score(self, layer: Layer) -> LayerScores:
+        num_keys, num_heads, _ = layer.k.shape
+        return LayerScores(torch.zeros(num_heads, num_keys, device=layer.k.device))

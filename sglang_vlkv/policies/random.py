@@ -1,0 +1,28 @@
+"""Seeded noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_vlkv.base import Layer, LayerScores, Policy
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Keeps random rows: what a policy must beat.
+
+    Attributes:
+        seed: of the noise, which also depends on the layer.
+    """
+
+    name = "random"
+
+    seed: int = 0
+
+    def score(self, layer: Layer) -> LayerScores:
+        num_keys, num_heads, _ = layer.k.shape
+        generator = torch.Generator().manual_seed(65_537 * self.seed + layer.index)
+        noise = torch.rand(num_heads, num_keys, generator=generator)
+        return LayerScores(noise.to(layer.k.device))

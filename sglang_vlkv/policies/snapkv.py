@@ -1,0 +1,50 @@
+"""SnapKV (arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.nn.functional import avg_pool1d
+
+from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, require
+from sglang_vlkv.kernels.post_vision import post_vision_scores
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """The prompt's last tokens vote, their votes are smoothed over neighbours, and they all stay.
+
+    SnapKV (arXiv 2404.14469). It does not know an image from text: the window has a fixed size.
+
+    Attributes:
+        window_size: voting rows at the end of the prompt; kept whole, inside the budget.
+        kernel_size: neighbouring positions that a vote is averaged over, odd; 1 does not smooth.
+    """
+
+    name = "snapkv"
+
+    window_size: int = 32
+    kernel_size: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.window_size >= 1, "window_size", self.window_size, "at least 1")
+        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
+        require(odd, "kernel_size", self.kernel_size, "odd and at least 1")
+
+    def num_voting(self, prompt: Prompt) -> int:
+        return min(self.window_size, prompt.num_tokens)
+
+    def num_recent(self, num_kept: int) -> int:
+        return min(self.window_size, num_kept)
+
+    def score(self, layer: Layer) -> LayerScores:
+        votes = post_vision_scores(layer.q, layer.k, layer.scale)
+        smooth = avg_pool1d(
+            votes.scores,
+            self.kernel_size,
+            stride=1,
+            padding=self.kernel_size // 2,
+            count_include_pad=False,
+        )
+        return votes._replace(scores=smooth)

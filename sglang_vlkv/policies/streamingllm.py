@@ -1,0 +1,26 @@
+"""StreamingLLM (arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_vlkv.base import Layer, LayerScores, Policy
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Policy):
+    """The first tokens (attention sinks) and the most recent ones; attention is not looked at.
+
+    StreamingLLM (arXiv 2309.17453), applied once to the prompt.
+    """
+
+    name = "streamingllm"
+
+    sink_tokens: int = 4
+
+    def score(self, layer: Layer) -> LayerScores:
+        num_keys, num_heads, _ = layer.k.shape
+        position = torch.arange(num_keys, dtype=torch.float32, device=layer.k.device)
+        return LayerScores(position.expand(num_heads, -1))

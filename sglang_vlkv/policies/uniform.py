@@ -1,0 +1,21 @@
+"""Post-vision attention with equal layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_vlkv.base import Layer, LayerScores, Policy
+from sglang_vlkv.kernels.post_vision import post_vision_scores
+
+
+@dataclass(frozen=True)
+class Uniform(Policy):
+    """VL-Cache's score with the same budget in every layer.
+
+    The ablation that the VL-Cache paper (arXiv 2410.23317) lacks: what its layer budgets are worth.
+    """
+
+    name = "uniform"
+
+    def score(self, layer: Layer) -> LayerScores:
+        return post_vision_scores(layer.q, layer.k, layer.scale)
