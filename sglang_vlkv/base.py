@@ -85,6 +85,8 @@ class Layer:
         index: the layer's number.
         rope: the model's rotary embedding, None where it has none.
         seen: what :meth:`Policy.observe` made of the prompt's queries; None if it does not observe.
+        draft: queries of drafted output tokens, ``[T, Hq, D]``, which see the whole prompt; None
+            where nothing was drafted.
     """
 
     prompt: Prompt
@@ -95,6 +97,7 @@ class Layer:
     index: int = 0
     rope: Rope | None = None
     seen: object = None
+    draft: torch.Tensor | None = None
 
     @cached_property
     def v(self) -> torch.Tensor:
@@ -184,6 +187,8 @@ class Policy:
             output token, so that the cache stays at its size (Elastic Cache).
         fixed_point_distance: rows at the end of a layer that ``fixed_point`` lets slide; it evicts
             at row ``max(sink_tokens, rows - fixed_point_distance)``.
+        draft_tokens: output tokens that are decoded first and thrown away, so that their attention
+            votes too. Costs those steps before the first token, and the voting rows' prefill twice.
         compact_always: compact even where that frees nothing (a budget of 1); for testing.
     """
 
@@ -204,6 +209,7 @@ class Policy:
     merge_threshold: float = 0.0
     decode: str = choice("append", "fixed_point")
     fixed_point_distance: int = 25
+    draft_tokens: int = 0
     compact_always: bool = False
 
     def __post_init__(self) -> None:
@@ -215,6 +221,7 @@ class Policy:
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         require(-1 <= self.merge_threshold <= 1, "merge_threshold", self.merge_threshold, "in [-1, 1]")
         require(self.sink_tokens >= 0, "sink_tokens", self.sink_tokens, "at least 0")
+        require(0 <= self.draft_tokens <= 256, "draft_tokens", self.draft_tokens, "in [0, 256]")
         require(self.min_rows >= 1, "min_rows", self.min_rows, "at least 1")
         require(self.max_rows >= self.min_rows, "max_rows", self.max_rows, "at least min_rows")
         distance = self.fixed_point_distance

@@ -8,6 +8,7 @@ from sglang.srt.multimodal.modality import Modality as SglangModality
 
 from sglang_vlkv.base import VISUAL, Modality, Prompt
 from sglang_vlkv.config import Settings
+from sglang_vlkv.drafting import draft_of
 from sglang_vlkv.requests import Plan
 
 _MODALITIES = {
@@ -85,5 +86,6 @@ class Planner:
             reason = f"{policy.name} needs a rotary position embedding, and the model has none"
         elif req.beam_group is not None:
             reason = "beam search"
-        return Plan(prompt, policy, reason, 0 if reason else policy.num_voting(prompt), max_slots)
+        rows = 0 if reason else policy.num_voting(prompt)
+        return Plan(prompt, policy, reason, rows, max_slots, *draft_of(req.sampling_params.custom_params))
 

@@ -84,6 +84,11 @@ HOOKS = (
         "bad custom_params are an HTTP 400",
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", AROUND,
+        "sglang_vlkv.drafting:generate", ("self", "obj", "request"),
+        "a draft of our own goes before a request whose policy wants one",
+    ),
+    Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info", AROUND,
         "sglang_vlkv.frontend:receive_report",
         ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),

@@ -46,6 +46,7 @@ def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
         "budget": policy.budget,
         "config": repr(policy),
         "voting_rows": state.plan.num_voting,
+        "draft_rows": state.draft_rows,
         "sparsity_per_layer": selection.sparsity,
         "kept_per_layer": selection.num_kept,
         "kept_per_modality": {

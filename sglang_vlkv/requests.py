@@ -7,6 +7,7 @@ aborted or was retracted. Everything here is host state; nothing imports SGLang.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Iterator
 from weakref import WeakKeyDictionary
@@ -14,6 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from sglang_vlkv.base import LayerScores, Policy, Prompt, Selection
+
+
+MAX_DRAFTS = 256  # left by drafts whose requests never came
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Plan:
         left_alone: why the prompt stays uncompressed; empty where it is compacted.
         num_voting: R, the prompt positions at its end whose attention scores the keys.
         max_slots: most pool slots that the kept rows take.
+        writes_draft: id that its output tokens' queries are left under; empty for ordinary requests.
+        reads_draft: id of queries that a draft has left for it.
     """
 
     prompt: Prompt
@@ -32,6 +38,8 @@ class Plan:
     left_alone: str = ""
     num_voting: int = 0
     max_slots: int = 0
+    writes_draft: str = ""
+    reads_draft: str = ""
 
     @property
     def compacts(self) -> bool:
@@ -59,6 +67,8 @@ class RequestState:
         queries: per layer, the voting rows' queries so far, pieces of ``[rows, Hq, D]``; a voting
             window may straddle chunks.
         seen: per layer, what the policy has observed of the prompt so far.
+        drafted: per layer, the queries of its output tokens, where it writes a draft.
+        draft_rows: drafted queries that voted for its rows.
         scores: per layer, once its last chunk has run.
         cells: per layer, the cells of its compacted prompt, ``[num_kept[l]]`` int32; None while
             the prompt is exact. Without the sliding rows, where there are any.
@@ -75,6 +85,8 @@ class RequestState:
     prefix_tokens: int = 0
     queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     seen: dict[int, object] = field(default_factory=dict)
+    drafted: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    draft_rows: int = 0
     scores: dict[int, LayerScores] = field(default_factory=dict)
     cells: list[torch.Tensor] | None = None
     kept_slots: int = 0
@@ -95,6 +107,7 @@ class Requests:
     def __init__(self) -> None:
         self._by_request: WeakKeyDictionary[object, RequestState] = WeakKeyDictionary()
         self._by_row: dict[int, RequestState] = {}
+        self._drafts: OrderedDict[str, dict[int, torch.Tensor]] = OrderedDict()
 
     def get(self, request) -> RequestState | None:
         return self._by_request.get(request)
@@ -109,7 +122,7 @@ class Requests:
     def take_row(self, state: RequestState, row: int) -> None:
         """``state``'s prefill begins in ``row``; whatever an earlier attempt left is dropped."""
         state.row = row
-        state.queries, state.seen, state.scores = {}, {}, {}
+        state.queries, state.seen, state.drafted, state.scores = {}, {}, {}, {}
         state.cells, state.kept_slots, state.selection = None, 0, None
         state.sliding, state.evicted = [], 0
         self._by_row[row] = state
@@ -118,8 +131,23 @@ class Requests:
         """The request finished, was aborted or was retracted; its rows are no longer its own."""
         if self._by_row.get(state.row) is state:
             del self._by_row[state.row]
+        if state.drafted:
+            self._drafts[state.plan.writes_draft] = {
+                layer: torch.cat(queries)[: state.plan.policy.draft_tokens]
+                for layer, queries in state.drafted.items()
+            }
+            while len(self._drafts) > MAX_DRAFTS:
+                self._drafts.popitem(last=False)
         state.row, state.cells = None, None
-        state.queries, state.seen, state.scores = {}, {}, {}
+        state.queries, state.seen, state.drafted, state.scores = {}, {}, {}, {}
+
+    def draft_for(self, state: RequestState, layer: int) -> torch.Tensor | None:
+        """Queries ``[T, Hq, D]`` that a draft has left for ``state``; None where there are none."""
+        return self._drafts.get(state.plan.reads_draft, {}).get(layer)
+
+    def drop_draft(self, state: RequestState) -> None:
+        """``state`` has used its draft, and nobody else will."""
+        self._drafts.pop(state.plan.reads_draft, None)
 
     def holders(self) -> Iterator[RequestState]:
         """The states that hold a row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Sequence
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -35,12 +35,14 @@ class Decode(NamedTuple):
         cells: per layer, the compacted prompt's cells; None where the prompt is exact.
         slots: every token that has its own slot, ``[tokens]`` int32.
         sliding: per layer, how many of the last ``slots`` it sees; empty where it sees all.
+        draft: the request's state where its queries are to be left as a draft.
     """
 
     offset: int
     cells: list[torch.Tensor] | None
     slots: torch.Tensor
-    sliding: list[int]
+    sliding: Sequence[int] = ()
+    draft: RequestState | None = None
 
     def indices(self, layer: int, base: int) -> torch.Tensor:
         """Cell ids of what the token sees in ``layer``; ``base`` is the cell of slot 0 there."""
@@ -111,9 +113,10 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         state = self.token_to_kv_pool.requests.at_row(row)
         slots = self.req_to_token_pool.req_to_token[row, :length]
         if state is None or state.cells is None:
-            return Decode(offset, None, slots, [])
+            return Decode(offset, None, slots)
         first = length - max(state.sliding) if state.sliding else state.plan.prompt.num_tokens
-        return Decode(offset, state.cells, slots[first:], state.sliding)
+        draft = state if state.plan.writes_draft else None
+        return Decode(offset, state.cells, slots[first:], state.sliding, draft)
 
     def _add_extend(self, extend: Extend) -> None:
         state = self.token_to_kv_pool.requests.at_row(extend.row)
@@ -185,6 +188,9 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         indices = [decode.indices(layer.layer_id, base) for decode in self._work.decodes]
         workspace = self._workspace_of(max(len(cells) for cells in indices))
         ragged_decode(q, pool.k_cells, pool.v_cells, indices, layer.scaling, out, workspace)
+        for query, decode in enumerate(self._work.decodes):
+            if decode.draft is not None:
+                decode.draft.drafted.setdefault(layer.layer_id, []).append(q[query : query + 1].clone())
 
     def _workspace_of(self, rows: int) -> torch.Tensor:
         """At least ``rows`` rows of K and V; grows by half, so seldom."""
@@ -215,7 +221,10 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             if chunk.is_last:
                 voting = torch.cat(state.queries.pop(index))
                 seen = state.seen.pop(index, None)
-                state.scores[index] = policy.score(replace(prompt_layer, q=voting, seen=seen))
+                draft = self.token_to_kv_pool.requests.draft_for(state, index)
+                prompt_layer = replace(prompt_layer, q=voting, seen=seen, draft=draft)
+                state.scores[index] = policy.score(prompt_layer)
+                state.draft_rows = 0 if draft is None else len(draft)
 
 
 def _heads(x: torch.Tensor, layer: RadixAttention) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from sglang_vlkv.base import Layer, LayerScores, Policy
 from sglang_vlkv.budgets import cumulative
-from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.policies.votes import votes
 
 FIXED_POINT = 2.0**24  # importance is added over ranks as integers
 
@@ -30,8 +30,8 @@ class PrefixKV(Policy):
     name = "prefixkv"
 
     def score(self, layer: Layer) -> LayerScores:
-        votes = post_vision_scores(layer.q, layer.k, layer.scale)
-        return votes._replace(profile=importance_profile(votes.scores))
+        scored = votes(layer)
+        return scored._replace(profile=importance_profile(scored.scores))
 
     def layer_budgets(
         self, sparsity: list[float], num_prompt: int, profiles: list[torch.Tensor] | None = None

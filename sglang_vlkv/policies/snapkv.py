@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.nn.functional import avg_pool1d
 
 from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, require
-from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.policies.votes import votes
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class SnapKV(Policy):
         return min(self.window_size, num_kept)
 
     def score(self, layer: Layer) -> LayerScores:
-        votes = post_vision_scores(layer.q, layer.k, layer.scale)
+        scored = votes(layer)
         smooth = avg_pool1d(
-            votes.scores,
+            scored.scores,
             self.kernel_size,
             stride=1,
             padding=self.kernel_size // 2,
             count_include_pad=False,
         )
-        return votes._replace(scores=smooth)
+        return scored._replace(scores=smooth)

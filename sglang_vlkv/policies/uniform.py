@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_vlkv.base import Layer, LayerScores, Policy
-from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.policies.votes import votes
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,4 @@ class Uniform(Policy):
     name = "uniform"
 
     def score(self, layer: Layer) -> LayerScores:
-        return post_vision_scores(layer.q, layer.k, layer.scale)
+        return votes(layer)

@@ -8,7 +8,7 @@ import torch
 
 from sglang_vlkv import budgets
 from sglang_vlkv.base import Layer, LayerScores, Policy, require
-from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.policies.votes import votes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class VLCache(Policy):
         require(0 < self.p < 1, "p", self.p, "in (0, 1)")
 
     def score(self, layer: Layer) -> LayerScores:
-        return post_vision_scores(layer.q, layer.k, layer.scale, self.p)
+        return votes(layer, self.p)
 
     def layer_budgets(
         self, sparsity: list[float], num_prompt: int, profiles: list[torch.Tensor] | None = None

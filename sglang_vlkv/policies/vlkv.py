@@ -8,7 +8,7 @@ from typing import Iterator
 import torch
 
 from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, choice, require
-from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.policies.votes import votes
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class VLKV(Policy):
             yield torch.arange(prompt.num_tokens) >= prompt.vision_end, self.question
 
     def score(self, layer: Layer) -> LayerScores:
-        votes = post_vision_scores(layer.q, layer.k, layer.scale, reduce=self.reduce)
-        return votes._replace(quota_scores=self._outliers(layer) if self.quota else None)
+        scored = votes(layer, reduce=self.reduce)
+        return scored._replace(quota_scores=self._outliers(layer) if self.quota else None)
 
     def _outliers(self, layer: Layer) -> torch.Tensor:
         """Squared Mahalanobis distance of the visual keys, ``[Hkv, n]``; ``-inf`` elsewhere."""

@@ -1,0 +1,79 @@
+"""Draft, then rescore: what the first output tokens look at votes too.
+
+A request whose policy drafts is preceded by a request of our own with the same prompt. That one is
+compacted, decodes ``draft_tokens`` tokens, and leaves their queries with the scheduler; its output
+goes nowhere. The real request then finds the prompt's exact KV in the radix tree, where it stays
+evictable, computes its voting rows again and selects with the drafted queries among the voters.
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from typing import NamedTuple
+
+from sglang_vlkv import config
+
+WRITES, READS = "_vlkv_writes_draft", "_vlkv_reads_draft"  # custom_params that only we set
+
+
+class Draft(NamedTuple):
+    """What a request has to do with a draft: the id it leaves queries under, or finds them under."""
+
+    writes: str = ""
+    reads: str = ""
+
+
+def draft_of(custom_params: dict | None) -> Draft:
+    custom = custom_params or {}
+    return Draft(custom.get(WRITES, ""), custom.get(READS, ""))
+
+
+def generate(original, manager, obj, request=None):
+    """Around ``TokenizerManager.generate_request``, an asynchronous generator."""
+    settings = config.settings_of(manager.server_args)
+    params = getattr(obj, "sampling_params", None) or {}
+    if settings is None or not _may_draft(settings):
+        return original(manager, obj, request)
+    return _draft_first(original, manager, obj, request, settings, params)
+
+
+def _may_draft(settings: config.Settings) -> bool:
+    return bool(settings.allow_override or settings.policy.draft_tokens)
+
+
+async def _draft_first(original, manager, obj, request, settings, params):
+    batch = params if isinstance(params, list) else [params]
+    customs = [(one or {}).get("custom_params") or {} for one in batch]
+    for custom in customs:
+        if WRITES in custom or READS in custom:
+            raise ValueError(f"custom_params.{WRITES} and {READS} are not for clients; leave them out")
+    pictured = getattr(obj, "image_data", None) or getattr(obj, "video_data", None)
+    lengths = [settings.for_request(custom).draft_tokens for custom in customs] if pictured else []
+    if not any(lengths):
+        async for response in original(manager, obj, request):
+            yield response
+        return
+    text, ids = getattr(obj, "text", None), getattr(obj, "input_ids", None)
+    single = isinstance(text, str) or (ids and isinstance(ids[0], int))
+    if len(batch) > 1 or not single or (batch[0].get("n") or 1) > 1:
+        raise ValueError(
+            "a policy with draft_tokens serves one prompt and one choice per request; send them one "
+            "by one, with n = 1, or set draft_tokens to 0 in custom_params.kv_policy_config"
+        )
+    name = uuid.uuid4().hex
+    draft = copy.copy(obj)
+    draft.rid, draft.stream, draft.return_logprob = f"{obj.rid or name}-draft", False, False
+    # The first output token comes from the prefill, so one more is needed for that many queries.
+    length = lengths[0] + 1
+    draft.sampling_params = params | {
+        "max_new_tokens": length, "min_new_tokens": 0, "temperature": 0.0, "n": 1,
+        "custom_params": customs[0] | {WRITES: name},
+    }  # fmt: skip
+    async for response in original(manager, draft, request):
+        if (response["meta_info"].get("finish_reason") or {}).get("type") == "abort":
+            yield response
+            return
+    obj.sampling_params = params | {"custom_params": customs[0] | {READS: name}}
+    async for response in original(manager, obj, request):
+        yield response
