@@ -113,79 +113,18 @@ def build(
     # Same proportions of time, height and width as Qwen2.5-VL ([16, 24, 24] of 64).
     section_t = head_dim // 8
     section_hw = (head_dim // 2 - section_t) // 2
-    _write_json(
-        out_dir / "config.json",
-        {
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-            "model_type": "qwen2_5_vl",
-            "tie_word_embeddings": False,
-            "torch_dtype": dtype,
-            "vision_start_token_id": TOKEN_ID["<|vision_start|>"],
-            "vision_end_token_id": TOKEN_ID["<|vision_end|>"],
-            "vision_token_id": TOKEN_ID["<|vision_pad|>"],
-            "image_token_id": TOKEN_ID["<|image_pad|>"],
-            "video_token_id": TOKEN_ID["<|video_pad|>"],
-            # SGLang's model reads head_dim here, its KV pool in text_config.
-            "head_dim": head_dim,
-            "text_config": {
-                "model_type": "qwen2_5_vl_text",
-                "vocab_size": VOCAB_SIZE,
-                "hidden_size": hidden_size,
-                "intermediate_size": intermediate_size,
-                "num_hidden_layers": num_layers,
-                "num_attention_heads": num_heads,
-                "num_key_value_heads": num_kv_heads,
-                "head_dim": head_dim,
-                "hidden_act": "silu",
-                "rms_norm_eps": 1e-6,
-                "max_position_embeddings": max_position_embeddings,
-                "max_window_layers": num_layers,
-                "use_sliding_window": False,
-                # Qwen's 1e6 would leave so few dimensions hardly any sense of height and width.
-                "rope_theta": 10000.0,
-                "rope_scaling": {
-                    "type": "mrope",
-                    "mrope_section": [section_t, section_hw, section_hw],
-                },
-                "torch_dtype": dtype,
-                "bos_token_id": TOKEN_ID["<|endoftext|>"],
-                "eos_token_id": TOKEN_ID["<|im_end|>"],
-                "pad_token_id": TOKEN_ID["<|endoftext|>"],
-            },
-            "vision_config": {
-                "model_type": "qwen2_5_vl_vision",
-                "depth": VISION_DEPTH,
-                "hidden_size": VISION_HIDDEN,
-                "intermediate_size": VISION_INTERMEDIATE,
-                "num_heads": VISION_HEADS,
-                "hidden_act": "silu",
-                "in_channels": 3,
-                "in_chans": 3,
-                "out_hidden_size": hidden_size,
-                "patch_size": PATCH_SIZE,
-                "spatial_patch_size": PATCH_SIZE,
-                "spatial_merge_size": MERGE_SIZE,
-                "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-                "tokens_per_second": 2,
-                "window_size": 112,
-                "fullatt_block_indexes": [VISION_DEPTH - 1],
-            },
-        },
+    config = model_config(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_position_embeddings,
+        mrope_section=[section_t, section_hw, section_hw],
+        dtype=dtype,
     )
-    _write_json(
-        out_dir / "generation_config.json",
-        {
-            "bos_token_id": TOKEN_ID["<|endoftext|>"],
-            "eos_token_id": [TOKEN_ID["<|im_end|>"], TOKEN_ID["<|endoftext|>"]],
-            "pad_token_id": TOKEN_ID["<|endoftext|>"],
-            "do_sample": False,
-        },
-    )
-    _write_processors(out_dir)
-    _write_tokenizer(out_dir, max_position_embeddings)
-    weights_path = out_dir / "model.safetensors"
-    # A stale file of another shape must not survive a rebuild.
-    weights_path.unlink(missing_ok=True)
+    weights = None
     if write_weights:
         weights = _vision_weights(seed, hidden_size) | _language_weights(
             seed,
@@ -196,7 +135,123 @@ def build(
             intermediate_size,
             attention_scale,
         )
-        weights = {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}
+    write_checkpoint(out_dir, config, weights)
+
+
+def model_config(
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    hidden_size: int,
+    intermediate_size: int,
+    max_position_embeddings: int,
+    mrope_section: list[int],
+    rope_theta: float = 10000.0,
+    vocab_size: int = VOCAB_SIZE,
+    tie_word_embeddings: bool = False,
+    vision_hidden: int = VISION_HIDDEN,
+    vision_intermediate: int = VISION_INTERMEDIATE,
+    window_size: int = 112,
+    full_attention_blocks: tuple[int, ...] = (VISION_DEPTH - 1,),
+    dtype: str = "bfloat16",
+) -> dict:
+    """The content of ``config.json``.
+
+    ``mrope_section`` shares the ``head_dim / 2`` rotated pairs out to time, height and width, the
+    fastest first. ``window_size`` is in pixels; the vision blocks not in ``full_attention_blocks``
+    attend within windows of it.
+    """
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": tie_word_embeddings,
+        "torch_dtype": dtype,
+        "vision_start_token_id": TOKEN_ID["<|vision_start|>"],
+        "vision_end_token_id": TOKEN_ID["<|vision_end|>"],
+        "vision_token_id": TOKEN_ID["<|vision_pad|>"],
+        "image_token_id": TOKEN_ID["<|image_pad|>"],
+        "video_token_id": TOKEN_ID["<|video_pad|>"],
+        # SGLang's model reads head_dim here, its KV pool in text_config.
+        "head_dim": head_dim,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": max_position_embeddings,
+            "max_window_layers": num_layers,
+            "use_sliding_window": False,
+            # Qwen's 1e6 would leave so few dimensions hardly any sense of height and width.
+            "rope_theta": rope_theta,
+            "rope_scaling": {
+                "type": "mrope",
+                "mrope_section": mrope_section,
+            },
+            "torch_dtype": dtype,
+            "bos_token_id": TOKEN_ID["<|endoftext|>"],
+            "eos_token_id": TOKEN_ID["<|im_end|>"],
+            "pad_token_id": TOKEN_ID["<|endoftext|>"],
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl_vision",
+            "depth": VISION_DEPTH,
+            "hidden_size": vision_hidden,
+            "intermediate_size": vision_intermediate,
+            "num_heads": VISION_HEADS,
+            "hidden_act": "silu",
+            "in_channels": 3,
+            "in_chans": 3,
+            "out_hidden_size": hidden_size,
+            "patch_size": PATCH_SIZE,
+            "spatial_patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            "tokens_per_second": 2,
+            "window_size": window_size,
+            "fullatt_block_indexes": list(full_attention_blocks),
+        },
+    }
+
+
+def write_checkpoint(
+    out_dir: Path, config: dict, weights: dict[str, torch.Tensor] | None, words: tuple[str, ...] = ()
+) -> None:
+    """Write all files of a checkpoint, except the weights if they are None.
+
+    Args:
+        out_dir: An existing directory.
+        config: From ``model_config``.
+        weights: Named as in Qwen's own checkpoints; stored in the config's ``torch_dtype``.
+        words: Strings that are one token each, with ids from 264 on after those of their prefixes.
+    """
+    _write_json(out_dir / "config.json", config)
+    _write_json(
+        out_dir / "generation_config.json",
+        {
+            "bos_token_id": TOKEN_ID["<|endoftext|>"],
+            "eos_token_id": [TOKEN_ID["<|im_end|>"], TOKEN_ID["<|endoftext|>"]],
+            "pad_token_id": TOKEN_ID["<|endoftext|>"],
+            "do_sample": False,
+        },
+    )
+    _write_processors(out_dir)
+    _write_tokenizer(out_dir, config["text_config"]["max_position_embeddings"], words)
+    weights_path = out_dir / "model.safetensors"
+    # A stale file of another shape must not survive a rebuild.
+    weights_path.unlink(missing_ok=True)
+    if weights is not None:
+        weights = {
+            name: tensor.to(getattr(torch, config["torch_dtype"])).contiguous()
+            for name, tensor in weights.items()
+        }
         weights_path.write_bytes(save(weights, metadata={"format": "pt"}))
 
 
@@ -290,10 +345,33 @@ def _language_weights(
     return weights
 
 
-def _write_tokenizer(out_dir: Path, model_max_length: int) -> None:
-    """A byte-level BPE without merges: one token per UTF-8 byte, plus ``SPECIAL_TOKENS``."""
+def merges_of(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Byte-level BPE merges that make each of ``words`` one token, in the order of their ranks.
+
+    A word is built from left to right, so a word with a leading space comes out whole wherever it
+    stands if it precedes the words without one.
+    """
+    chars = _byte_chars()
+    merges = {}
+    for word in words:
+        pieces = [chars[byte] for byte in word.encode()]
+        for i in range(1, len(pieces)):
+            merges["".join(pieces[:i]), pieces[i]] = None
+    return list(merges)
+
+
+def vocab_size(words: tuple[str, ...]) -> int:
+    return VOCAB_SIZE + len(merges_of(words))
+
+
+def _write_tokenizer(out_dir: Path, model_max_length: int, words: tuple[str, ...] = ()) -> None:
+    """A byte-level BPE: one token per UTF-8 byte, ``SPECIAL_TOKENS``, and the merges of ``words``."""
     vocab = {char: byte for byte, char in enumerate(_byte_chars())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    merges = merges_of(words)
+    if merges:
+        vocab |= TOKEN_ID
+        vocab |= {left + right: VOCAB_SIZE + i for i, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -302,11 +380,14 @@ def _write_tokenizer(out_dir: Path, model_max_length: int) -> None:
     )
     tokenizer.save(str(out_dir / "tokenizer.json"))
     _write_json(out_dir / "vocab.json", vocab)
-    (out_dir / "merges.txt").write_text("#version: 0.2\n")
+    (out_dir / "merges.txt").write_text(
+        "".join(f"{line}\n" for line in ("#version: 0.2", *(" ".join(merge) for merge in merges)))
+    )
     _write_json(
         out_dir / "tokenizer_config.json",
         {
-            "tokenizer_class": "Qwen2TokenizerFast",
+            # Transformers' Qwen2 class brings its own splitting, which parts a digit from its space.
+            "tokenizer_class": "PreTrainedTokenizerFast" if merges else "Qwen2TokenizerFast",
             "processor_class": "Qwen2_5_VLProcessor",
             "model_max_length": model_max_length,
             "add_bos_token": False,

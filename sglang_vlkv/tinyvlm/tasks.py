@@ -62,10 +62,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 NAMES = tuple(COLOURS)
 PATH_CELLS = 4
 LINE_DIGITS = 6
-# Words that the tokenizer holds as one token each, besides the colours; a leading space is part of one.
+# Words that are one token each, besides the colours and digits; a leading space is part of one.
 WORDS = (
     " digit", " digits", " of", " is", " the", " list", " all", " path", " from", " line", " picture",
-    " frame", "which", "digits", "list", "path", "read", "tell", "picture", "frame",
+    " frame", "which", "digits", "list", "path", "tell", "picture", "frame", "read",
 )  # fmt: skip
 
 
