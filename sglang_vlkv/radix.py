@@ -78,6 +78,7 @@ class ExactRadixCache(UnifiedRadixCache):
         if state.cells is not None:
             # A retracted request is prefilled again, exactly.
             req.skip_radix_cache_insert = state.skips_insert
+            state.last_slots = req.kv.kv_allocated_len - req.kv.cache_protected_len
         self.requests.release_row(state)
 
 

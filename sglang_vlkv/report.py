@@ -56,6 +56,7 @@ def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
         },
         "kept_bytes": state.kept_slots * pool.slot_bytes,
         "full_bytes": prompt.num_tokens * pool.slot_bytes,
+        "last_bytes": state.last_slots * pool.slot_bytes,
     }
     if (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS:
         report[POSITIONS] = [layer.tolist() for layer in selection.kept]

@@ -76,6 +76,7 @@ class RequestState:
         sliding: per layer, how many rows of the sequence's newest slots it sees beside ``cells``
             (fixed-point elimination); empty where it sees all output tokens.
         evicted: sequence position before which the slots of sliding rows have been given back.
+        last_slots: pool slots that it held when its row was released, compacted prompt and outputs.
         selection: what was kept, once compacted.
         skips_insert: the request's own ``skip_radix_cache_insert`` before compaction set it.
     """
@@ -92,6 +93,7 @@ class RequestState:
     kept_slots: int = 0
     sliding: list[int] = field(default_factory=list)
     evicted: int = 0
+    last_slots: int = 0
     selection: Selection | None = None
     skips_insert: bool = False
 
@@ -124,7 +126,7 @@ class Requests:
         state.row = row
         state.queries, state.seen, state.drafted, state.scores = {}, {}, {}, {}
         state.cells, state.kept_slots, state.selection = None, 0, None
-        state.sliding, state.evicted = [], 0
+        state.sliding, state.evicted, state.last_slots = [], 0, 0
         self._by_row[row] = state
 
     def release_row(self, state: RequestState) -> None:

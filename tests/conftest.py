@@ -28,6 +28,15 @@ def vlcache():
 
 
 @pytest.fixture(scope="session")
+def any_policy():
+    """Stays out of the way unless a request asks for a policy."""
+    allow = '{"allow_override": true}'
+    with Server(*POOL, "--kv-policy", "none", "--kv-policy-config", allow) as server:
+        yield server
+        assert server.alive(), server.log()[-4000:]
+
+
+@pytest.fixture(scope="session")
 def hugging_face():
     from tests.hf_reference import Reference
 

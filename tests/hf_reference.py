@@ -53,14 +53,7 @@ class Reference:
                 handle.remove()
         tokens = out.sequences[0, length:].tolist()
         logprobs = [logits[0].log_softmax(-1) for logits in out.logits]
-        top = [step.topk(2) for step in logprobs]
-        return {
-            "output_ids": tokens,
-            "meta_info": {
-                "output_token_logprobs": [(float(s[t]), t) for s, t in zip(logprobs, tokens)],
-                "output_top_logprobs": [list(zip(t.values.tolist(), t.indices.tolist())) for t in top],
-            },
-        }
+        return self._answer(tokens, logprobs)
 
     def _restrict(self, kept: list[list[list[int]]], length: int) -> list:
         """Masks, layer by layer and head by head, what decoding must not see of the prompt."""
@@ -89,6 +82,66 @@ class Reference:
             layer.self_attn.register_forward_pre_hook(hook_of(i), with_kwargs=True)
             for i, layer in enumerate(layers)
         ]
+
+    @torch.no_grad()
+    def generate_sliding(
+        self, prompt: Prompt, num_tokens: int, kept: list[list[list[int]]], sinks: int, distance: int
+    ) -> dict:
+        """A greedy answer from a cache that is merged once and then stays at its size.
+
+        Elastic Cache row by row: losers average into the nearest kept position, then every layer
+        drops its row ``max(sinks, size - distance)`` before each output token is appended.
+        """
+        inputs = self.inputs(prompt)
+        n = inputs.input_ids.shape[1]
+        out = self.model(**inputs, use_cache=True)
+        cache, logits = out.past_key_values, out.logits[0, -1]
+        for layer, heads in zip(cache.layers, kept):
+            rows = [self._merged(layer.keys[0, h], heads[h], sinks, n) for h in range(len(heads))]
+            values = [self._merged(layer.values[0, h], heads[h], sinks, n) for h in range(len(heads))]
+            layer.keys, layer.values = torch.stack(rows)[None], torch.stack(values)[None]
+        position = self.model.model.rope_deltas.item() + n
+        tokens, logprobs = [], []
+        while True:
+            logprobs.append(logits.log_softmax(-1))
+            tokens.append(int(logits.argmax()))
+            if len(tokens) == num_tokens:
+                break
+            for layer in cache.layers:
+                size = layer.keys.shape[2]
+                at = max(sinks, size - distance)
+                layer.keys = torch.cat([layer.keys[:, :, :at], layer.keys[:, :, at + 1 :]], 2)
+                layer.values = torch.cat([layer.values[:, :, :at], layer.values[:, :, at + 1 :]], 2)
+            out = self.model.model.language_model(
+                input_ids=torch.tensor([tokens[-1:]]),
+                position_ids=torch.full((3, 1, 1), position),
+                past_key_values=cache, use_cache=True,
+                attention_mask={"full_attention": None},
+            )  # fmt: skip
+            logits = self.model.lm_head(out.last_hidden_state[0, -1])
+            position += 1
+        return self._answer(tokens, logprobs)
+
+    @staticmethod
+    def _merged(rows: torch.Tensor, kept: list[int], sinks: int, n: int) -> torch.Tensor:
+        buckets = {anchor: [rows[anchor]] for anchor in kept}
+        for position in sorted(set(range(n)) - set(kept)):
+            nearest = min(kept, key=lambda anchor: (abs(anchor - position), anchor))
+            if sinks <= nearest < n - 1:
+                buckets[nearest].append(rows[position])
+        return torch.stack([torch.stack(buckets[anchor]).mean(0) for anchor in kept])
+
+    @staticmethod
+    def _answer(tokens: list[int], logprobs: list[torch.Tensor]) -> dict:
+        """In the form of ``/generate`` with the top-2 logprobs."""
+        top = [step.topk(2) for step in logprobs]
+        return {
+            "output_ids": tokens,
+            "meta_info": {
+                "output_token_logprobs": [(float(s[t]), t) for s, t in zip(logprobs, tokens)],
+                "output_top_logprobs": [list(zip(t.values.tolist(), t.indices.tolist())) for t in top],
+            },
+        }
 
     @torch.no_grad()
     def scores(self, prompt: Prompt, p: float = 0.01, min_rows: int = 16, max_rows: int = 256):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 import signal
@@ -17,8 +18,29 @@ from pathlib import Path
 import requests
 from PIL import Image
 
+from sglang_vlkv.tinyvlm import build
+
 ROOT = Path(__file__).resolve().parents[1]
-CHECKPOINT = ROOT / "examples" / "tinyvlm"
+TRAINED = ROOT / "examples" / "tinyvlm"
+
+
+def random_checkpoint() -> Path:
+    """A random-weight model, built once per version of its builder.
+
+    Its greedy answers vary and never end, and its attention is peaked without having learned
+    anything, so equality tests see more in it than in the trained model.
+    """
+    version = hashlib.sha256(Path(build.__file__).read_bytes()).hexdigest()[:12]
+    path = ROOT / ".cache" / f"random-vlm-{version}"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=path.parent))
+        build.build(unfinished)
+        unfinished.replace(path)
+    return path
+
+
+CHECKPOINT = random_checkpoint()
 
 # SGLang's own leak checks: while idle, in every step while busy, and page by page.
 LEAK_CHECKS = {
