@@ -24,8 +24,6 @@ def register() -> None:
 
 def install(folder: Path) -> None:
     """Makes the plugin known to every process that has ``folder`` on its ``PYTHONPATH``."""
-    info = folder / f"{NAME}-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
-    entry = f"[sglang.srt.plugins]\n{NAME} = benchmarks.narrow:register\n"
-    (info / "entry_points.txt").write_text(entry)
+    from tests.serving import install_entry_point  # not in SGLang's processes
+
+    install_entry_point(folder, "sglang.srt.plugins", NAME, "benchmarks.narrow:register")

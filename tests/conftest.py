@@ -6,7 +6,7 @@ import pytest
 
 from tests.equality import largest_deviation
 from tests.prompts import draw_prompt
-from tests.serving import Server
+from tests.serving import ROOT, Server, install_entry_point
 
 POOL = ("--max-total-tokens", "24000")
 
@@ -28,10 +28,13 @@ def vlcache():
 
 
 @pytest.fixture(scope="session")
-def any_policy():
-    """Stays out of the way unless a request asks for a policy."""
+def any_policy(tmp_path_factory):
+    """Stays out of the way unless a request asks for a policy; knows the one in examples/policy."""
+    example, installed = ROOT / "examples" / "policy", tmp_path_factory.mktemp("installed")
+    install_entry_point(installed, "sglang_vlkv.policies", "knorm", "knorm:KNorm")
+    env = {"PYTHONPATH": f"{installed}:{example}"}
     allow = '{"allow_override": true}'
-    with Server(*POOL, "--kv-policy", "none", "--kv-policy-config", allow) as server:
+    with Server(*POOL, "--kv-policy", "none", "--kv-policy-config", allow, env=env) as server:
         yield server
         assert server.alive(), server.log()[-4000:]
 

@@ -194,6 +194,15 @@ class Server:
         return response.json()
 
 
+def install_entry_point(folder: Path, group: str, name: str, value: str) -> None:
+    """What pip would leave of a package with one entry point, for processes with ``folder`` on
+    their ``PYTHONPATH``."""
+    info = folder / f"{name}-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+
+
 def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

@@ -11,7 +11,7 @@ import requests
 from sglang_vlkv.policies import policies
 from tests.equality import assert_same
 from tests.prompts import draw_prompt
-from tests.serving import data_url, report
+from tests.serving import ROOT, data_url, report
 
 ORDINARY = [name for name in policies() if name != "none"]
 PICTURES = [draw_prompt(seed, kind) for kind in ("image", "images") for seed in (30, 31)]
@@ -53,6 +53,18 @@ def test_every_policy_serves_a_hundred_requests_and_nothing_leaks(any_policy):
         assert {report(answer)["policy"] for answer in answers} == {name}
         any_policy.flush()  # succeeds on an idle server only; SGLang's strict checks are on
         assert any_policy.alive(), any_policy.log()[-4000:]
+
+
+def test_the_policy_in_examples_serves(any_policy):
+    """Third parties add theirs through an entry point; the whole policy is under 30 lines."""
+    source = ROOT / "examples" / "policy" / "knorm.py"
+    assert len(source.read_text().splitlines()) < 30
+    plain, [answer] = any_policy.many([PICTURES[0].body(16)]), any_policy.many([body(PICTURES[0], "knorm")])
+    seen = report(answer)
+    assert (seen["policy"], seen["config"][:6]) == ("knorm", "KNorm(")
+    assert sum(seen["kept_per_layer"]) == round(0.1 * seen["prompt_tokens"] * 4)
+    assert seen["sparsity_per_layer"] is None, "it looks at no attention"
+    assert answer["output_ids"] != plain[0]["output_ids"]
 
 
 def test_a_request_inherits_what_it_does_not_say(any_policy):

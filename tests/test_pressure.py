@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from tests.prompts import Prompt, draw_prompt, picture, words
-from tests.serving import Server, report
+from tests.serving import Server, install_entry_point, report
 
 VLCACHE = ("--kv-policy", "vlcache")
 POSITIONS = {"kv_report": "positions"}
@@ -185,10 +185,7 @@ def test_randomised_mixed_requests(name):
 def plugin(folder: Path, name: str, code: str) -> dict[str, str]:
     """The environment in which SGLang loads ``code`` as a plugin of its own, after ours."""
     (folder / f"{name}.py").write_text(code)
-    info = folder / f"{name}-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
+    install_entry_point(folder, "sglang.srt.plugins", name, f"{name}:register")
     return {"PYTHONPATH": str(folder), "SGLANG_PLUGINS": f"vlkv,vlkv_cpu,{name}"}
 
 
