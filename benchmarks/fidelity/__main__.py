@@ -1,0 +1,156 @@
+"""``python -m benchmarks.fidelity``: see README.md beside this file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from benchmarks import common
+from benchmarks.fidelity import leaderboard, plots, run, statistics
+from benchmarks.fidelity.client import Client
+from benchmarks.fidelity.questions import REPORT_SEEDS, SIZED, TASKS, TUNING_SEEDS, own
+from benchmarks.fidelity.rows import FULL, REFERENCES, ROWS
+
+QUICK = {
+    "checkpoints": ["a"],
+    "rows": ["oracle", "all-but-asked", "vlcache", "vlkv", "h2o", "random"],
+    "budgets": [0.1],
+    "tasks": ["single", "multi"],
+    "samples": 12,
+    "out": common.ROOT / "build" / "fidelity_quick",
+}
+DEFAULT = {
+    "checkpoints": ["a", "b", "d", "c"],
+    "rows": [*ROWS, *REFERENCES],
+    "budgets": None,
+    "tasks": None,
+    "samples": 10,
+    "out": common.RESULTS / "fidelity",
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.fidelity", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rows and questions; a smoke test")
+    parser.add_argument("--checkpoints", nargs="+", metavar="NAME-OR-DIR", help="default: a b d c")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", choices=[FULL, *ROWS, *REFERENCES], help="default: all"
+    )
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, help="fractions; default: 0.01 to 1 on the first checkpoint, "
+        "else 0.05, 0.1, 0.2, and fewer for rows with options",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, metavar="TASK",
+        help=f"out of {', '.join(TASKS)}; default: all, those with @ on the first checkpoint only",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, help="per task and checkpoint; default: 10")
+    parser.add_argument("--tuning", action="store_true", help="questions that no table reports")
+    parser.add_argument("--url", help="a running server, in place of --checkpoints")
+    parser.add_argument("--questions", type=Path, metavar="JSONL", help="own questions, in place of --tasks")
+    parser.add_argument("--workers", type=int, default=16, help="requests at once; default: 16")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/fidelity")
+    parser.add_argument("--resume", action="store_true", help="keep the records that are in --out")
+    parser.add_argument("--render", action="store_true", help="only tables and plots, from --out's records")
+    args = parser.parse_args(arguments)
+    for name, value in (QUICK if args.quick else DEFAULT).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for budget in args.budgets or ():
+        if not 0 < budget <= 1:
+            parser.error(f"--budgets {budget} is not in (0, 1]; 0.1 is 10%")
+    return args
+
+
+def command(arguments: list[str]) -> str:
+    """The command line without this machine's folders."""
+    words = [Path(word).name if word.startswith("/") else word for word in arguments]
+    return " ".join(["python -m benchmarks.fidelity", *words])
+
+
+def context(arguments: list[str], args: argparse.Namespace, seeds: list[int]) -> dict:
+    record = common.context({}, *run.FLAGS)
+    del record["rows"]
+    return record | {
+        "environment": run.ENVIRONMENT,
+        "command": command(arguments),
+        "samples": len(seeds),
+        "seeds": [seeds[0], seeds[-1]],
+        "tuning": args.tuning,
+        "workers": args.workers,
+        "rows": {name: ROWS[name]._asdict() for name in args.rows if name in ROWS},
+    }
+
+
+def write(folder: Path, record: dict, records: run.Records) -> None:
+    """The JSON, the tables and the plots of what there is so far."""
+    record["policies"] = dict(sorted((record.get("policies", {}) | records.configs).items()))
+    record["summary"] = statistics.summary(records.all)
+    lines = leaderboard.compact(record)
+    (folder / "fidelity.json").write_text(lines)
+    pictures = plots.draw(record, folder)
+    (folder / "LEADERBOARD.md").write_text(leaderboard.render(record, pictures))
+
+
+def main(arguments: list[str]) -> None:
+    args = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
+    path = args.out / "fidelity.json"
+    before = json.loads(path.read_text()) if (args.resume or args.render) and path.exists() else None
+    if args.render:
+        if before is None:
+            sys.exit(f"{path} is not there: nothing to render")
+        records = run.Records(args.out, resume=True)
+        write(args.out, before, records)
+        records.pack()
+        return
+    first_seed = (TUNING_SEEDS if args.tuning else REPORT_SEEDS)[0]
+    seeds = list(range(first_seed, first_seed + args.samples))
+    record = context(arguments, args, seeds)
+    if before:
+        if before["tuning"] != args.tuning:
+            sys.exit(f"{path} holds {'tuning' if before['tuning'] else 'report'} seeds; use another --out")
+        last = {name: before[name] for name in ("date", "commit", "command")}
+        record["resumed"] = [*before.get("resumed", []), last]
+        record["policies"] = before.get("policies", {})
+        record["rates"] = before.get("rates", {})
+    records = run.Records(args.out, args.resume)
+    for number, checkpoint in enumerate(["url"] if args.url else args.checkpoints):
+        if not args.url:
+            common.note(f"starting a server for checkpoint {Path(checkpoint).name}")
+        with nullcontext() if args.url else run.serve(checkpoint) as server:
+            client = Client(args.url or server.url)
+            info = client.info()
+            label = Path(info["model_path"]).name if args.url else Path(checkpoint).name
+            if args.questions:
+                prompts = own(args.questions)
+            else:
+                tasks = args.tasks or [t for t in TASKS if number == 0 or t not in SIZED]
+                prompts = run.draw_all(tasks, seeds)
+            progress = run.ask_all(
+                client,
+                label,
+                prompts,
+                lambda prompt: run.jobs(prompt, args.rows, args.budgets and tuple(args.budgets), number == 0),
+                records,
+                args.workers,
+            )
+        rate = dict(requests=progress.count, seconds=round(progress.seconds, 1))
+        if progress.count:
+            rate["per_second"] = round(progress.count / progress.seconds, 1)
+            record.setdefault("rates", {})[label] = rate
+            common.note(f"{label}: {progress.count} requests, {rate['per_second']}/s")
+        start = time.monotonic()
+        write(args.out, record, records)
+        common.note(f"tables in {time.monotonic() - start:.0f} s")
+    records.pack()
+    print(args.out / "LEADERBOARD.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

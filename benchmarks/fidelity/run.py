@@ -1,0 +1,229 @@
+"""Sends every question under every row and budget, and writes down what comes back."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+from benchmarks.common import note
+from benchmarks.fidelity.client import NONE, Client
+from benchmarks.fidelity.metrics import Answer, measure
+from benchmarks.fidelity.questions import Prompt, drawn
+from benchmarks.fidelity.rows import (
+    CORE,
+    FULL,
+    GRID,
+    REFERENCES,
+    ROWS,
+    custom_params,
+    reference_params,
+)
+from tests.serving import LEAK_CHECKS, Server
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+FLAGS = (
+    "--kv-policy", "none", "--kv-policy-config", '{"allow_override": true}',
+    "--max-total-tokens", "65536", "--mm-preprocess-cache-size-mb", "256",
+)  # fmt: skip
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    "OMP_WAIT_POLICY": "PASSIVE",
+} | dict.fromkeys(LEAK_CHECKS, "0")
+AT_ONCE = 6  # prompts whose full answers are held
+SIZED = (0.01, 0.1)  # budgets of pictures that are not of the usual size
+VARIANT = (0.1,)
+
+Key = tuple[str, str, int, str, float | None]
+
+
+class Job(NamedTuple):
+    """One request. ``budget`` is None for rows without one."""
+
+    row: str
+    budget: float | None
+
+
+def jobs(
+    prompt: Prompt, rows: Iterable[str], budgets: tuple[float, ...] | None, first: bool
+) -> Iterator[Job]:
+    """What ``prompt`` is asked under.
+
+    Args:
+        budgets: None chooses: on the first checkpoint ``GRID`` for the policies at their defaults and
+            ``CORE`` for variants, on others ``CORE`` and ``VARIANT``.
+        first: whether this is the first checkpoint.
+    """
+    for name in rows:
+        if name == FULL:
+            continue  # sent before all others
+        if name in REFERENCES:
+            if prompt.cells is not None or name == "text-only":
+                yield Job(name, None)
+            continue
+        variant = ROWS[name].is_variant
+        own = SIZED if "@" in prompt.task else (GRID, CORE, VARIANT)[variant + (not first)]
+        for budget in budgets or own:
+            yield Job(name, budget)
+
+
+def params_of(job: Job, prompt: Prompt, full: Answer) -> dict:
+    if job.row in REFERENCES:
+        report = full.report
+        return reference_params(
+            job.row, prompt.cells or (), report["prompt_tokens"], report["visual_tokens"]
+        )
+    return custom_params(ROWS[job.row], job.budget)
+
+
+def not_applicable(answer: Answer) -> str | None:
+    """Why ``answer`` says nothing about its row: it was left alone, or over at its first token."""
+    return answer.report.get("reason") if answer.report["policy"] == "none" else None
+
+
+class Records:
+    """The raw records, one JSON line each, appended as they come.
+
+    Args:
+        folder: holds ``records.jsonl`` while the run lasts, ``records.jsonl.gz`` afterwards.
+        resume: keep what an earlier run left there.
+    """
+
+    def __init__(self, folder: Path, resume: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path, self._packed = folder / "records.jsonl", folder / "records.jsonl.gz"
+        self._lock = threading.Lock()
+        self.all: list[dict] = self.read(folder) if resume else []
+        self.done: set[Key] = {self.key(record) for record in self.all}
+        self.configs: dict[str, str] = {}
+        with self._path.open("w") as file:  # a line that an interruption cut off goes
+            file.writelines(json.dumps(record) + "\n" for record in self.all)
+        self._file = self._path.open("a", buffering=1)
+
+    @staticmethod
+    def read(folder: Path) -> list[dict]:
+        path, packed = folder / "records.jsonl", folder / "records.jsonl.gz"
+        text = path.read_text() if path.exists() else ""
+        if not text and packed.exists():
+            text = gzip.decompress(packed.read_bytes()).decode()
+        lines = text.split("\n")[:-1]  # what follows the last newline is incomplete
+        return [json.loads(line) for line in lines]
+
+    @staticmethod
+    def key(record: dict) -> Key:
+        return tuple(record[name] for name in ("checkpoint", "task", "seed", "row", "budget"))
+
+    def add(self, record: dict) -> None:
+        with self._lock:
+            self.done.add(self.key(record))
+            self.all.append(record)
+            self._file.write(json.dumps(record) + "\n")
+
+    def pack(self) -> None:
+        """Compresses the file once the run is complete."""
+        self._file.close()
+        lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in self.all)
+        self._packed.write_bytes(gzip.compress(lines.encode(), mtime=0))
+        self._path.unlink()
+
+
+class Progress:
+    """Prints the request rate every few seconds."""
+
+    def __init__(self, label: str, total: int, every: float = 15.0) -> None:
+        self._label, self.total, self._every = label, total, every
+        self._start = self._last = time.monotonic()
+        self._lock = threading.Lock()
+        self.count = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def step(self) -> None:
+        with self._lock:
+            self.count += 1
+            if time.monotonic() - self._last > self._every:
+                self._last = time.monotonic()
+                rate = self.count / self.seconds
+                left = (self.total - self.count) / rate
+                note(f"{self._label}: {self.count} of {self.total}, {rate:.1f} requests/s, {left:.0f} s left")
+
+
+def ask_all(
+    client: Client,
+    checkpoint: str,
+    prompts: list[Prompt],
+    jobs_of: Callable[[Prompt], Iterable[Job]],
+    records: Records,
+    workers: int,
+) -> Progress:
+    """Sends what ``records`` lacks, a few prompts at a time so that their prefixes are hot.
+
+    Raises:
+        RuntimeError: the server refused or failed a request.
+    """
+
+    def key(prompt: Prompt, job: Job) -> Key:
+        return (checkpoint, prompt.task, prompt.seed, *job)
+
+    todo = [(p, [j for j in jobs_of(p) if key(p, j) not in records.done]) for p in prompts]
+    todo = [(p, js) for p, js in todo if js or key(p, Job(FULL, None)) not in records.done]
+    progress = Progress(checkpoint, sum(1 + len(js) for _, js in todo))
+
+    def add(prompt: Prompt, job: Job, answer: Answer, full: Answer) -> None:
+        record = dict(zip(("checkpoint", "task", "seed", "row", "budget"), key(prompt, job)))
+        reason = not_applicable(answer) if job.row != FULL else None
+        if reason:
+            record["not_applicable"] = reason
+        else:
+            record |= measure(prompt, answer, full)
+            label = job.row if job.budget is None else f"{job.row} {job.budget}"
+            if job.row not in REFERENCES and "config" in answer.report:
+                records.configs.setdefault(label, answer.report["config"])
+        if key(prompt, job) not in records.done:
+            records.add(record)
+        progress.step()
+
+    def ask_full(prompt: Prompt) -> Answer:
+        full = client.ask(prompt, NONE)
+        add(prompt, Job(FULL, None), full, full)
+        return full
+
+    def ask(work: tuple[Prompt, Job, Answer]) -> None:
+        prompt, job, full = work
+        add(prompt, job, client.ask(prompt, params_of(job, prompt, full)), full)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(todo), AT_ONCE):
+            chunk = todo[start : start + AT_ONCE]
+            fulls = list(pool.map(ask_full, [prompt for prompt, _ in chunk]))
+            work = [(p, job, full) for (p, js), full in zip(chunk, fulls) for job in js]
+            list(pool.map(ask, work))
+    return progress
+
+
+def draw_all(tasks: Iterable[str], seeds: Iterable[int]) -> list[Prompt]:
+    """The prompts of all samples; seeds outermost, so that an interrupted run has all tasks."""
+    tasks = list(tasks)
+    return [prompt for seed in seeds for task in tasks for prompt in drawn(task, seed)]
+
+
+def serve(checkpoint: str) -> Server:
+    """A server whose requests choose their policy, for a ``with`` statement.
+
+    Args:
+        checkpoint: a name in ``checkpoints/``, or a directory.
+    """
+    path = CHECKPOINTS / checkpoint if (CHECKPOINTS / checkpoint).is_dir() else Path(checkpoint)
+    if not (path / "config.json").exists():
+        known = ", ".join(sorted(p.name for p in CHECKPOINTS.glob("*") if p.is_dir())) or "none"
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint!r} is no directory with a config.json; by name there are: {known}"
+        )
+    return Server(*FLAGS, model=path, env=ENVIRONMENT)
