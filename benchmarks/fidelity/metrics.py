@@ -59,16 +59,23 @@ def agreement(full: Sequence[int], other: Sequence[int]) -> float:
 
 
 def divergence(full: dict[int, float], other: dict[int, float]) -> float:
-    """KL(full || other) of next-token distributions in nats, at most a little below the true one.
+    """KL(full || other) of next-token distributions in nats, as much of it as both lists show.
 
-    Tokens that both list are compared one by one; what remains of each distribution is one bucket.
+    Tokens that both list are compared one by one. Those that only ``full`` lists are one bucket: each is
+    at most as likely under ``other`` as the least likely one in its list. All the rest is another. So
+    this is a lower bound, but for probabilities below ``LEAST``.
     """
     shared = full.keys() & other.keys()
-    total = sum(full[t] * math.log(full[t] / max(other[t], LEAST)) for t in shared if full[t] > 0)
-    rest = 1 - sum(full[t] for t in shared)
-    if rest > LEAST:
-        total += rest * math.log(rest / max(1 - sum(other[t] for t in shared), LEAST))
-    return max(0.0, total)
+    rest, other_rest = (1 - sum(p[t] for t in shared) for p in (full, other))
+    missing = [p for t, p in full.items() if t not in shared]
+    most = min(1 - sum(other.values()), len(missing) * min(other.values()))
+    other_missing = min(most, other_rest * sum(missing) / rest) if missing else 0.0
+    total = sum(_term(full[t], other[t]) for t in shared) + _term(sum(missing), other_missing)
+    return max(0.0, total + _term(rest - sum(missing), other_rest - other_missing))
+
+
+def _term(p: float, q: float) -> float:
+    return p * math.log(p / max(q, LEAST)) if p > LEAST else 0.0
 
 
 def mean_divergence(full: Answer, other: Answer) -> float:
