@@ -116,7 +116,8 @@ def test_among_others_in_a_tight_pool(cold, references, tolerance):
 
 @pytest.fixture(scope="module")
 def chunked():
-    with Server(*POOL, "--kv-policy", "vlcache", "--chunked-prefill-size", "256") as server:
+    flags = ("--kv-policy", "vlcache", "--kv-policy-config", '{"allow_override": true}')
+    with Server(*POOL, *flags, "--chunked-prefill-size", "256") as server:
         yield server
         assert server.alive(), server.log()[-4000:]
 
@@ -139,6 +140,20 @@ def test_five_chunks(chunked, vlcache, hugging_face, tolerance):
     assert -(-report(whole)["prompt_tokens"] // 256) >= 4
     same_kept([whole], [pieces], [hugging_face.scores(prompt)], "5 chunks")
     assert_same([whole], [pieces], tolerance, "5 chunks")
+
+
+@pytest.mark.parametrize("policy", ["h2o", "elastic", "lookm", "expected"])
+def test_scores_over_the_whole_prompt_do_not_depend_on_its_chunks(chunked, any_policy, policy):
+    body = draw_prompt(3, "long").body(4, custom={"kv_policy": policy, "kv_report": "positions"})
+    [whole], [pieces] = any_policy.many([body]), chunked.many([body])
+    assert report(whole)["prefix"] == report(pieces)["prefix"] == {"kind": "cold", "tokens": 0}
+    assert report(whole)["kept_per_layer"] == report(pieces)["kept_per_layer"]
+    equal = total = 0
+    for one, other in zip(report(whole)["positions"], report(pieces)["positions"], strict=True):
+        for a, b in zip(one, other, strict=True):
+            equal, total = equal + len(set(a) & set(b)), total + len(a)
+    print(f"{policy}: {equal} of {total} positions equal in 5 chunks")
+    assert equal >= 0.98 * total > 0
 
 
 def test_a_voting_window_that_straddles_chunks(chunked, vlcache, hugging_face, tolerance):

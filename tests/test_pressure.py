@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from sglang_vlkv.policies import policies
 from tests.prompts import Prompt, draw_prompt, picture, words
 from tests.serving import Server, install_entry_point, report
 
@@ -114,6 +115,7 @@ def test_pause_and_continue(tight, mode):
         assert [a.json()["meta_info"]["completion_tokens"] for a in answers] == [200] * 6
 
 
+CHOSEN = [name for name in policies() if name != "none"]
 CONFIGURATIONS = {
     "overlap": (),
     "mixed chunks": ("--enable-mixed-chunk", "--chunked-prefill-size", "192"),
@@ -125,8 +127,10 @@ CONFIGURATIONS = {
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_randomised_mixed_requests(name):
     """250 requests for each of four configurations: images, video, text, one-token answers,
-    aborts, disconnects, pauses and flushes, from eight clients, in a pool of a few prompts."""
-    flags = ("--max-total-tokens", "2600", "--schedule-conservativeness", "0.05")
+    aborts, disconnects, pauses and flushes, from eight clients, in a pool of a few prompts. Half
+    choose a policy of their own: any, at any budget, merging, drafting, of constant size."""
+    choice = ("--kv-policy-config", '{"allow_override": true}')
+    flags = ("--max-total-tokens", "2600", "--schedule-conservativeness", "0.05", *choice)
     prompts = [draw_prompt(seed, kind) for kind in ("image", "images", "text") for seed in range(5)]
     prompts.append(draw_prompt(0, "video"))
     counts: dict[str, int] = {}
@@ -136,7 +140,17 @@ def test_randomised_mixed_requests(name):
             rng = random.Random(f"{name}{index}")
             prompt = rng.choice(prompts)
             length = rng.choice([1, 2, 8, 24, 80])
-            body = prompt.body(length, rid=f"fuzz-{index}", ignore_eos=rng.random() < 0.5)
+            policy, budget, custom = "vlcache", 0.1, None
+            if rng.random() < 0.5:
+                policy, budget = rng.choice(CHOSEN), rng.choice([0.02, 0.1, 0.3])
+                options = {
+                    "merge": rng.choice(["none", "bucket_mean", "similar"]),
+                    "decode": rng.choice(["append", "fixed_point"]),
+                    "draft_tokens": rng.choice([0, 0, 0, 4]),
+                }
+                custom = {"kv_policy": policy, "kv_budget": budget, "kv_policy_config": options}
+            ending = {"ignore_eos": rng.random() < 0.5}
+            body = prompt.body(length, rid=f"fuzz-{index}", custom=custom, **ending)
             body["return_logprob"] = rng.random() < 0.3
             fate = rng.choices(["finish", "abort", "disconnect", "pause", "flush"], [70, 10, 12, 4, 4])[0]
             if fate == "disconnect":
@@ -169,9 +183,9 @@ def test_randomised_mixed_requests(name):
                 elif seen["retractions"] and seen["policy"] == "none":
                     assert seen["reason"] == "finished at its first token after a retraction"
                 elif tokens > 1:
-                    assert seen["policy"] == "vlcache", seen
+                    assert seen["policy"] == policy, seen
                     n = seen["prompt_tokens"]
-                    assert sum(seen["kept_per_layer"]) == round(0.1 * n * 4)
+                    assert sum(seen["kept_per_layer"]) == round(budget * n * 4)
             counts[fate] = counts.get(fate, 0) + 1
 
         with ThreadPoolExecutor(8) as pool:
