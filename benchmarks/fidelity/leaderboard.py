@@ -6,9 +6,9 @@ import json
 from typing import Iterable
 
 from benchmarks.common import table
-from benchmarks.fidelity.questions import family
-from benchmarks.fidelity.rows import COMPARISONS, FULL, OURS, PAPERS, REFERENCES
-from benchmarks.fidelity.statistics import ALL
+from benchmarks.fidelity.questions import SIZED, family
+from benchmarks.fidelity.rows import COMPARISONS, FULL, OURS, PAPERS, REFERENCES, ROWS
+from benchmarks.fidelity.statistics import ALL, wilson
 
 MAIN = 0.1  # the budget of the tables that show one
 ORACLE = "oracle"
@@ -90,8 +90,6 @@ class Board:
 
     def pooled(self, row: str, budget: float | None, task: str) -> list[float] | None:
         """[mean, low, high] of exact matches over all checkpoints' questions."""
-        from benchmarks.fidelity.statistics import wilson
-
         found = []
         for checkpoint in self.checkpoints:
             for at in (budget, None):
@@ -109,7 +107,7 @@ class Board:
         yield "How it was measured", self.context()
         if self.budgets:
             yield f"Headline at {label(self.main)}", self.headline_table()
-            yield f"Exact answers at {label(self.main)}, by task", self.task_table(self.summary["tasks"])
+            yield f"Exact answers at {label(self.main)}, by task", self.task_table()
             yield "Headline by budget", self.budget_tables()
             yield f"{OURS} against every other row, on the same questions", self.paired_table()
         yield "Reference rows", self.reference_table()
@@ -117,6 +115,7 @@ class Board:
             yield f"Per checkpoint at {label(self.main)}", self.checkpoint_table()
             yield f"Where {OURS} loses", self.losses()
             yield "Decoys", self.decoys()
+            yield "Pictures of other sizes", self.sizes()
             yield "One thing changed", self.comparisons()
             yield "Beside the papers' orderings", self.papers()
         yield "Not applicable", self.left_out()
@@ -164,8 +163,9 @@ class Board:
         header = ["row", "exact %", "digits %", "tokens as full %", "KL nats", "kept %", "of it visual %"]
         return table(header, lines)
 
-    def task_table(self, tasks: list[str]) -> str:
+    def task_table(self) -> str:
         lines = []
+        tasks = [task for task in self.tasks if task not in SIZED]
         for row in self.rows(self.main, references=True):
             found = [self.pooled(row, self.main, task) for task in tasks]
             lines.append([row, *(interval(e) if e else "-" for e in found)])
@@ -204,7 +204,12 @@ class Board:
         for other in sorted(others, key=lambda row: -self.score(row, self.main)):
             found = [self.paired.get((OURS, other, x, "headline", ALL)) for x in budgets]
             lines.append([f"{OURS} - {other}", *(points(d) if d else "-" for d in found)])
-        return "Headline, percentage points.\n\n" + table(["", *map(label, budgets)], lines)
+        text = "Headline, percentage points."
+        for x in budgets:
+            measured = self.headline.get((OURS, x, ALL), {}).get("checkpoints", self.checkpoints)
+            if measured != self.checkpoints:
+                text += f" {label(x)}: {', '.join(measured)} only."
+        return text + "\n\n" + table(["", *map(label, budgets)], lines)
 
     def reference_table(self) -> str:
         rows = [row for row in (FULL, *REFERENCES) if any(e["row"] == row for e in self.summary["cells"])]
@@ -261,6 +266,23 @@ class Board:
         text = "Letters and shapes in the colours that the question names, at the main budget.\n\n"
         return text + table(["row", "multi", "decoys", "points"], lines)
 
+    def sizes(self) -> str:
+        tasks = [task for task in self.tasks if task in SIZED]
+        if not tasks:
+            return "Not measured."
+        parts = []
+        for budget in self.budgets:
+            wanted = [t for t in tasks if any((row, budget, self.first, t) in self.cell for row in ROWS)]
+            if not wanted:
+                continue
+            lines = []
+            for row in self.rows(budget, references=True):
+                found = [self.pooled(row, budget, task) for task in wanted]
+                if any(found):
+                    lines.append([row, *(interval(e) if e else "-" for e in found)])
+            parts.append(f"At {label(budget)}:\n\n" + table(["row", *wanted], lines))
+        return "\n\n".join(parts)
+
     def comparisons(self) -> str:
         """Pairs that differ in one option."""
         parts = []
@@ -271,10 +293,17 @@ class Board:
                       if (p, q, s, c) == (a, b, "headline", ALL)}  # fmt: skip
                 if at:
                     found = "; ".join(f"{label(x)}: {points(d)}" for x, d in sorted(at.items()))
-                    sentences.append(f"- {a} - {b}: {found}. {self.verdict(a, b, at)}")
+                    own = f"At {label(self.main)} by checkpoint: {self.per_checkpoint(a, b)}."
+                    sentences.append(f"- {a} - {b}: {found}. {self.verdict(a, b, at)} {own}")
             if sentences:
                 parts.append(f"{topic}\n\n" + "\n".join(sentences))
         return "\n\n".join(parts) or "None of the pairs was measured."
+
+    def per_checkpoint(self, a: str, b: str) -> str:
+        """"a +3, b -1": points at the main budget."""
+        keys = {c: (a, b, self.main, "headline", c) for c in self.checkpoints}
+        found = {c: self.paired[key] for c, key in keys.items() if key in self.paired}
+        return ", ".join(f"{c} {100 * d[0]:+.0f}" for c, d in found.items())
 
     @staticmethod
     def verdict(a: str, b: str, at: dict[float, list[float]]) -> str:
@@ -296,12 +325,7 @@ class Board:
                 verdict = f"{a} is better"
             elif found[2] < 0:
                 verdict = f"{b} is better"
-            per_checkpoint = [
-                (c, d) for c in self.checkpoints
-                if (d := self.paired.get((a, b, self.main, "headline", c)))
-            ]  # fmt: skip
-            signs = ", ".join(f"{c} {100 * d[0]:+.0f}" for c, d in per_checkpoint)
-            lines.append([f"{a} : {b}", figures, points(found), verdict, signs])
+            lines.append([f"{a} : {b}", figures, points(found), verdict, self.per_checkpoint(a, b)])
         if not lines:
             return "None of the pairs was measured."
         text = (
@@ -309,7 +333,7 @@ class Board:
             "third-party summaries, not in the PDFs, and are of other models and tasks: the order is "
             "comparable, the size is not.\n\n"
         )
-        return text + table(["pair", "papers", "here", "here", "per checkpoint"], lines)
+        return text + table(["pair", "papers", "here, points", "so", "per checkpoint"], lines)
 
     def left_out(self) -> str:
         entries = self.summary["not_applicable"]

@@ -7,7 +7,9 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -35,7 +37,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     "OMP_WAIT_POLICY": "PASSIVE",
 } | dict.fromkeys(LEAK_CHECKS, "0")
-AT_ONCE = 6  # prompts whose full answers are held
+AHEAD = 8  # prompts whose full answer is asked for before their rows
 SIZED = (0.01, 0.1)  # budgets of pictures that are not of the usual size
 VARIANT = (0.1,)
 
@@ -163,7 +165,7 @@ def ask_all(
     records: Records,
     workers: int,
 ) -> Progress:
-    """Sends what ``records`` lacks, a few prompts at a time so that their prefixes are hot.
+    """Sends what ``records`` lacks, all rows of a prompt together so that its prefix is hot.
 
     Raises:
         RuntimeError: the server refused or failed a request.
@@ -195,16 +197,23 @@ def ask_all(
         add(prompt, Job(FULL, None), full, full)
         return full
 
-    def ask(work: tuple[Prompt, Job, Answer]) -> None:
-        prompt, job, full = work
+    def ask(prompt: Prompt, job: Job, full: Answer) -> None:
         add(prompt, job, client.ask(prompt, params_of(job, prompt, full)), full)
 
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(todo), AT_ONCE):
-            chunk = todo[start : start + AT_ONCE]
-            fulls = list(pool.map(ask_full, [prompt for prompt, _ in chunk]))
-            work = [(p, job, full) for (p, js), full in zip(chunk, fulls) for job in js]
-            list(pool.map(ask, work))
+        source, ahead, sent = iter(todo), deque(), deque()
+        while True:
+            for prompt, own in islice(source, AHEAD - len(ahead)):
+                ahead.append((prompt, own, pool.submit(ask_full, prompt)))
+            if not ahead:
+                break
+            prompt, own, full = ahead.popleft()
+            for job in own:
+                sent.append(pool.submit(ask, prompt, job, full.result()))
+                if len(sent) > 4 * workers:  # what fails is not found much later
+                    sent.popleft().result()
+        for answer in sent:
+            answer.result()
     return progress
 
 
