@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 from sglang_vlkv.base import Policy, require
@@ -227,6 +228,10 @@ def _read_options(config: str | dict | None) -> dict:
 
 def settings_of(server_args) -> Settings | None:
     """What a ServerArgs carries; None where nothing of ours is to run."""
-    return build_settings(
-        **{name: getattr(server_args, name, value) for name, value in DEFAULTS.items()}
-    )
+    name, budget, config = (getattr(server_args, flag, value) for flag, value in DEFAULTS.items())
+    return _cached_settings(name, budget, json.dumps(config) if isinstance(config, dict) else config)
+
+
+@cache  # a file is read once: what it says later is for the next server
+def _cached_settings(name: str, budget: float | None, config: str | None) -> Settings | None:
+    return build_settings(name, budget, config)

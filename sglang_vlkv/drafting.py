@@ -32,19 +32,16 @@ def draft_of(custom_params: dict | None) -> Draft:
 def generate(original, manager, obj, request=None):
     """Around ``TokenizerManager.generate_request``, an asynchronous generator."""
     settings = config.settings_of(manager.server_args)
-    params = getattr(obj, "sampling_params", None) or {}
-    if settings is None or not _may_draft(settings):
+    if settings is None or not (settings.allow_override or settings.policy.draft_tokens):
         return original(manager, obj, request)
-    return _draft_first(original, manager, obj, request, settings, params)
+    return _draft_first(original, manager, obj, request, settings)
 
 
-def _may_draft(settings: config.Settings) -> bool:
-    return bool(settings.allow_override or settings.policy.draft_tokens)
-
-
-async def _draft_first(original, manager, obj, request, settings, params):
+async def _draft_first(original, manager, obj, request, settings):
+    params = getattr(obj, "sampling_params", None) or {}
     batch = params if isinstance(params, list) else [params]
     customs = [(one or {}).get("custom_params") or {} for one in batch]
+    customs = [custom if isinstance(custom, dict) else {} for custom in customs]  # refused later
     for custom in customs:
         if WRITES in custom or READS in custom:
             raise ValueError(f"custom_params.{WRITES} and {READS} are not for clients; leave them out")

@@ -12,6 +12,8 @@ _KEYS = (*config.REQUEST_KEYS, OPTION)
 def validate_request(_result, manager, obj, _input_ids) -> None:
     """After ``TokenizerManager._validate_one_request``; a ValueError becomes an HTTP 400."""
     custom = (getattr(obj, "sampling_params", None) or {}).get("custom_params") or {}
+    if not isinstance(custom, dict):
+        raise ValueError(f"custom_params is {custom!r}; it must be an object")
     unknown = [key for key in custom if str(key).startswith("kv_") and key not in _KEYS]
     if unknown:
         raise ValueError(f"custom_params.{unknown[0]} is unknown; known are {', '.join(_KEYS)}")

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from sglang_vlkv.config import DEFAULTS, add_flags, build_policy, settings_of
+from sglang_vlkv.config import DEFAULTS, add_flags, build_policy, build_settings, settings_of
 from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.vlcache import VLCache
 
@@ -172,3 +172,73 @@ def test_small_budgets_name_a_prompt_length_that_is_accepted(budget):
     message = refusal(kv_budget=budget)
     stated = int(message.split(" = ")[1].split(",")[0])
     assert VLCache(budget=budget, min_prompt_tokens=stated).max_total(stated, 28) >= 28
+
+
+def settings(**config):
+    name = config.pop("kv_policy", "vlcache")
+    return build_settings(name, config.pop("kv_budget", None), config)
+
+
+def asks(custom: dict, **config):
+    return settings(**{"allow_override": True} | config).for_request(custom)
+
+
+def test_a_request_that_asks_for_nothing_gets_the_servers_policy():
+    server = settings(allow_override=True, p=0.05)
+    assert server.for_request(None) is server.for_request({"mine": 1}) is server.policy
+
+
+def test_a_request_keeps_the_servers_options_for_the_same_policy_only():
+    assert asks({"kv_budget": 0.2}, p=0.05, sink_tokens=2) == VLCache(budget=0.2, p=0.05, sink_tokens=2)
+    other = asks({"kv_policy": "h2o"}, kv_budget=0.3, p=0.05, sink_tokens=2)
+    assert other == policies()["h2o"](budget=0.3)
+    assert asks({"kv_policy_config": {"p": 0.5}}, p=0.05, sink_tokens=2) == VLCache(p=0.5, sink_tokens=2)
+
+
+def test_a_server_without_a_policy_of_its_own_lends_no_budget():
+    assert asks({"kv_policy": "vlcache"}, kv_policy="none") == VLCache(budget=0.1)
+    assert settings(kv_policy="none") is None
+    assert settings(kv_policy="none", allow_override=[]) is None
+
+
+def test_a_list_is_what_a_request_may_choose():
+    assert asks({"kv_policy": "h2o"}, allow_override=["h2o", "none"]).name == "h2o"
+    with pytest.raises(ValueError, match="kv_policy is 'snapkv'; it must be one of h2o, none"):
+        asks({"kv_policy": "snapkv"}, allow_override=["h2o", "none"])
+
+
+def test_bounds_hold_for_every_way_to_ask():
+    bounds = {"min_budget": 0.05, "max_budget": 0.5}
+    assert asks({"kv_budget": 0.5}, **bounds).budget == 0.5
+    for custom in ({"kv_budget": 0.6}, {"kv_policy_config": {"budget": 0.6}}, {"kv_budget": 0.04}):
+        with pytest.raises(ValueError, match=r"custom_params.kv_budget.*\[0.05, 0.5\]"):
+            asks(custom, **bounds)
+    with pytest.raises(ValueError, match="kv_policy is 'none'"):
+        asks({"kv_policy": "none"}, **bounds)  # the full cache exceeds the maximum
+    with pytest.raises(ValueError, match="contradicts"):
+        asks({"kv_budget": 0.2, "kv_policy_config": {"budget": 0.3}})
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"allow_override": "yes"}, ["allow_override", "'yes'", "true, false or a list"]),
+        ({"allow_override": ["vlcash"]}, ["allow_override", "vlcash", "vlcache"]),
+        ({"min_budget": 0.5, "max_budget": 0.2}, ["min_budget", "0.5", "max_budget"]),
+        ({"max_budget": 2}, ["max_budget", "2", "(0, 1]"]),
+        ({"allow_override": True, "min_budget": 0.2}, ["budget", "0.1", "[0.2, 1.0]"]),
+    ],
+)
+def test_bad_limits_are_refused(config, words):
+    with pytest.raises(ValueError) as raised:
+        settings(**config)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_a_configuration_file_is_read_once(tmp_path):
+    file = tmp_path / "policy.json"
+    file.write_text('{"p": 0.05}')
+    args = argparse.Namespace(kv_policy="vlcache", kv_budget=None, kv_policy_config=str(file))
+    before = settings_of(args)
+    file.unlink()
+    assert settings_of(args) is before and before.policy.p == 0.05
