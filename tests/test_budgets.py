@@ -1,43 +1,14 @@
 """Ratios become counts once, and counts are split over layers exactly."""
 
 import random
-from fractions import Fraction
-from math import floor
 
 import pytest
+import torch
 
 from sglang_vlkv import budgets
 from sglang_vlkv.base import num_tokens
 from sglang_vlkv.policies.vlcache import VLCache
-
-
-def least_rows(total: int, n: int, num_layers: int) -> int:
-    return min(max(1, -(-n // 100)), total // num_layers)
-
-
-def exact_split(weights: list[float], total: int, n: int) -> list[int]:
-    """The specification in rational arithmetic: t by bisection, then solved for exactly."""
-    w = [Fraction(x) for x in weights]
-    low = least_rows(total, n, len(w))
-
-    def shares(t):
-        return [min(max(t * x, low), n) for x in w]
-
-    below, above = Fraction(0), n / min(w)
-    for _ in range(160):
-        middle = (below + above) / 2
-        below, above = (middle, above) if sum(shares(middle)) < total else (below, middle)
-    free = [low < above * x < n for x in w]
-    if any(free):
-        fixed = sum(s for s, is_free in zip(shares(above), free) if not is_free)
-        above = (total - fixed) / sum(x for x, is_free in zip(w, free) if is_free)
-    exact = shares(above)
-    assert abs(sum(exact) - total) < Fraction(1, 10**9)
-    kept = [floor(s) for s in exact]
-    by_fraction = sorted(range(len(w)), key=lambda layer: (kept[layer] - exact[layer], layer))
-    for layer in [layer for layer in by_fraction if kept[layer] < n][: total - sum(kept)]:
-        kept[layer] += 1
-    return kept
+from tests.naive import cumulative_split, exact_split, least_rows
 
 
 def random_splits(count: int):
@@ -141,3 +112,39 @@ def test_vlcache_without_renormalisation_is_the_papers_split_and_reserves_its_bo
     kept = policy.layer_budgets(sparsity, num_prompt=363)
     assert kept == budgets.clipped([1 - gamma for gamma in sparsity], 0.1, 363)
     assert sum(kept) <= policy.max_total(363, 4) == budgets.clipped_bound(0.1, 363, 4)
+
+
+def test_no_layer_goes_below_a_hundredth_of_the_prompt_or_an_equal_share():
+    cases = {(5, 5, 1000): 1, (50, 5, 1000): 10, (49, 5, 1000): 9, (500, 5, 1001): 11, (9, 2, 63): 1}
+    assert {case: budgets.least(*case) for case in cases} == cases
+
+
+def test_cumulative_split_equals_row_by_row_spending():
+    rng = random.Random(3)
+    for _ in range(300):
+        num_layers, n, top = rng.randint(1, 9), rng.choice([1, 2, 63, 130]), rng.choice([1, 3, 10**4])
+        importance = [
+            [rng.randint(0, top) ** rng.choice([1, 3]) for _ in range(n)] for _ in range(num_layers)
+        ]
+        for total in {num_layers, rng.randint(num_layers, n * num_layers), n * num_layers}:
+            kept = budgets.cumulative([torch.tensor(layer) for layer in importance], total)
+            assert sum(kept) == total and max(kept) <= n and min(kept) >= least_rows(total, n, num_layers)
+            covering = [layer for layer in importance if any(layer)]
+            if len(covering) == num_layers:
+                assert kept == cumulative_split(importance, total), (importance, total)
+
+
+@pytest.mark.parametrize(
+    "importance, total, expected",
+    [
+        ([[5, 5, 5, 5], [17, 1, 1, 1]], 4, [3, 1]),  # 17 of 20 is more than two fives are
+        ([[1, 1, 17, 1], [5, 5, 5, 5]], 5, [1, 4]),  # whatever the order
+        ([[4, 4, 4], [1, 1, 1]], 3, [2, 1]),  # shares, not sums; ties to the lower layer
+        ([[9, 0, 0], [9, 0, 0]], 4, [3, 1]),  # nothing left to cover
+        ([[1, 1], [1, 1], [1, 1]], 6, [2, 2, 2]),
+    ],
+)
+def test_cumulative_split_of_small_cases(importance, total, expected):
+    before = [torch.tensor(layer) for layer in importance]
+    assert budgets.cumulative(before, total) == expected
+    assert [layer.tolist() for layer in before] == importance

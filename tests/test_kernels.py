@@ -81,6 +81,33 @@ def test_scores_are_column_sums_and_zeros_are_relative_to_the_rows_maximum(
     assert n < 40 or 0 < counts[0] and counts[1] < seen.sum() * hq
 
 
+# n, positions of the voting rows: with gaps, the first alone, equal ones, all
+ROWS = [(63, [0, 1, 17, 40, 62]), (63, [0]), (41, [40, 40, 40]), (63, [20, 30]), (30, list(range(30)))]
+
+
+@twins("post_vision")
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("hq, hkv, dim", [(8, 2, 100), (7, 1, 64), (3, 3, 5)])
+@pytest.mark.parametrize("n, rows", [*ROWS, (63, None)])
+def test_rows_may_stand_anywhere_and_votes_be_summed_or_the_largest(kernel, n, rows, hq, hkv, dim, reduce):
+    """Each row sees what is not behind it; nothing may depend on where the last row stands."""
+    positions = torch.tensor(range(n - 17, n) if rows is None else rows)
+    q, k = normal(len(positions), hq, dim) * 3, normal(n, hkv, dim, seed=1)
+    p, scale = 0.05, 0.7 * dim**-0.5
+    result = kernel.post_vision_scores(q, k, scale, p, reduce, None if rows is None else positions)
+
+    grouped = q.double().view(-1, hkv, hq // hkv, dim).permute(1, 2, 0, 3)  # [Hkv, G, R, D]
+    logits = grouped @ k.double().permute(1, 2, 0)[:, None]
+    seen = torch.arange(n) <= positions[:, None]
+    weights = (logits * scale).masked_fill(~seen, -math.inf).softmax(-1)  # [Hkv, G, R, n]
+    expected = weights.sum((1, 2)) if reduce == "sum" else weights.amax((1, 2))
+    torch.testing.assert_close(result.scores, expected.float(), rtol=1e-5, atol=1e-6)
+    assert type(result.entries) is int and result.entries == hq * int(seen.sum())
+    relative = weights / weights.amax(-1, keepdim=True)
+    counts = [int(((relative < p * slack) & seen).sum()) for slack in (1 - 1e-5, 1 + 1e-5)]
+    assert type(result.zeros) is int and counts[0] <= result.zeros <= counts[1]
+
+
 @twins("post_vision")
 def test_no_entry_is_zero_where_attention_is_even(kernel):
     """Every entry is 1 / 300 at most: far below p, but not below p of the row's maximum."""
@@ -130,13 +157,15 @@ def test_views_into_poisoned_memory_score_as_their_copies(kernel):
     assert views.zeros == copies.zeros
 
 
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("rows", [None, torch.arange(3, 63, 4)[:15]])
 @pytest.mark.parametrize("tile", [1, 63, 4 * 63, 1000, 1 << 22])
-def test_scores_do_not_depend_on_the_tile(tile):
-    q, k = normal(17, 8, 100), normal(63, 2, 100, seed=1)
-    expected = kernels.post_vision.post_vision_scores(q, k, 0.1, 0.3, tile=10**9)
-    actual = kernels.post_vision.post_vision_scores(q, k, 0.1, 0.3, tile=tile)
+def test_scores_do_not_depend_on_the_tile(tile, rows, reduce):
+    q, k = normal(15, 8, 100), normal(63, 2, 100, seed=1)
+    expected = kernels.post_vision.post_vision_scores(q, k, 0.1, 0.3, reduce, rows, tile=10**9)
+    actual = kernels.post_vision.post_vision_scores(q, k, 0.1, 0.3, reduce, rows, tile=tile)
     torch.testing.assert_close(actual.scores, expected.scores)
-    assert actual.zeros == expected.zeros > 0
+    assert actual.zeros == expected.zeros > 0 and actual.entries == expected.entries
 
 
 def test_no_more_than_a_tile_of_attention_is_alive():
