@@ -77,6 +77,10 @@ def accuracy(summary: dict, entries: dict):
                 level = 100 * entries[name, None, checkpoint]["exact"][0]
                 ax.axhline(level, color="black", linestyle=style, linewidth=0.8, label=name)
         ax.set(title=f"checkpoint {checkpoint}", xlabel="budget, % of the prompt's KV rows", xscale="log")
+        ticks = sorted({100 * budget for _, budget, c in entries if budget and c == checkpoint})
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set_ylim(-3, 103)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("exact answers, %")
     handles = {}

@@ -69,7 +69,9 @@ def jobs(
                 yield Job(name, None)
             continue
         variant = ROWS[name].is_variant
-        own = SIZED if "@" in prompt.task else (GRID, CORE, VARIANT)[variant + (not first)]
+        own = (GRID, CORE, VARIANT)[variant + (not first)]
+        if "@" in prompt.task:
+            own = () if variant else SIZED
         for budget in budgets or own:
             yield Job(name, budget)
 
