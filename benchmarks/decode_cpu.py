@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import common, narrow
 from benchmarks.common import ROOT, Row, Streamed
-from sglang_vlkv.base import Modality, Prompt
+from sglang_vlkv.base import Layer, Modality, Prompt
 from sglang_vlkv.config import build_policy
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.select import select
@@ -84,15 +84,15 @@ def time_stages(num_prompt: int, num_voting: int, repeats: int = 5) -> dict[str,
     storage = torch.randn(layers, 2, num_prompt, heads, dim)
     slots = torch.randperm(num_prompt)
     flat = torch.zeros(layers * num_prompt, heads, dim)
-    entries = SHAPE["num_heads"] * (num_voting * num_prompt - num_voting * (num_voting - 1) // 2)
+    layer = Layer(Prompt(tags), q, k, lambda: k, dim**-0.5)
 
     times = defaultdict(list)
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        scored = [policy.score(q, k, dim**-0.5) for _ in range(layers)]
+        scored = [policy.score(layer) for _ in range(layers)]
         scored_at = time.perf_counter()
-        sparsity = [layer.zeros / entries for layer in scored]
-        selection = select(policy, Prompt(tags), [layer.scores for layer in scored], sparsity)
+        sparsity = [scores.zeros / scores.entries for scores in scored]
+        selection = select(policy, layer.prompt, scored, sparsity)
         selected_at = time.perf_counter()
         for kv in (0, 1):
             at = torch.arange(sum(selection.num_kept), dtype=torch.int32).split(selection.num_kept)

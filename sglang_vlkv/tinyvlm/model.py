@@ -163,6 +163,12 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
+    def log_attention(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, head: int) -> torch.Tensor:
+        """The logarithm of one head's attention, float32 [B, N, keys]."""
+        scores = q[:, head] @ k[:, head // (self.num_heads // self.num_kv_heads)].transpose(1, 2)
+        scores = scores.float() * self.head_dim**-0.5
+        return scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+
 
 class Layer(nn.Module):
     def __init__(self, config: dict) -> None:
@@ -204,7 +210,8 @@ class Language(nn.Module):
         tail: torch.Tensor,
         tail_positions: torch.Tensor,
         mask: torch.Tensor,
-    ) -> torch.Tensor:
+        watch: tuple[int, int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the tail.
 
         Args:
@@ -213,23 +220,28 @@ class Language(nn.Module):
             tail: Embeddings [B, T, hidden].
             tail_positions: [3, B, T]
             mask: bool [B, T, P + T], what each row of the tail sees of the prefix and of the tail.
+            watch: A layer and a head whose attention to return as well.
 
         Returns:
-            [B, T, vocabulary]
+            Logits [B, T, vocabulary], and the logarithm of the watched attention [B, T, P + T] or None.
         """
         near, far = self.rope(prefix_positions), self.rope(tail_positions)
         mask = mask[:, None]
+        watched = None
         for i, layer in enumerate(self.layers):
             attn = layer.self_attn
             x, y = layer.input_layernorm(prefix), layer.input_layernorm(tail)
             k, v = attn.keys_values(x, near)
             tail_k, tail_v = attn.keys_values(y, far)
             both_k, both_v = torch.cat([k, tail_k], dim=2), torch.cat([v, tail_v], dim=2)
-            tail = layer.after(tail, attn.attend(attn.queries(y, far), both_k, both_v, mask))
+            q = attn.queries(y, far)
+            if watch and watch[0] == i:
+                watched = attn.log_attention(q, both_k, mask[:, 0], watch[1])
+            tail = layer.after(tail, attn.attend(q, both_k, both_v, mask))
             # Nothing reads the prefix's last output.
             if i + 1 < len(self.layers):
                 prefix = layer.after(prefix, attn.attend(attn.queries(x, near), k, v))
-        return F.linear(self.norm(tail), self.embed_tokens.weight)
+        return F.linear(self.norm(tail), self.embed_tokens.weight), watched
 
 
 class TinyVLM(nn.Module):

@@ -9,13 +9,15 @@ What makes it learn:
 * An auxiliary loss, faded out over the first steps, aligns the embedding of a cell with the word
   embeddings of its colour and its digit. Without it there is no progress for thousands of steps.
 * Grids of 5x8 cells first.
+* Where an answer goes on to the next cell of a path or line, a loss that fades out as well asks one
+  head of the third layer to attend to that cell.
 * One head starts out attending to recent positions, which in a picture means the neighbour to the left.
 * In one question of eight the answer's rows are blind, to all of the picture or to the cells that
   they need, and should then give each digit the same probability. Otherwise the model may learn to
   look the digits up while it reads the question and keep them in the text's KV.
 
 The pictures and questions of a training run come from ``numpy.random.default_rng((1_000_000 + seed,
-step))``, those of its evaluation from ``tasks.draw`` with seeds from 2,000,000 on. No seed of
+step, worker))``, those of its evaluation from ``tasks.draw`` with seeds from 2,000,000 on. No seed of
 ``tasks.draw`` below 1,000,000 is used here; those are for benchmarks.
 """
 
@@ -27,6 +29,7 @@ import math
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +54,9 @@ EVALUATION_SEEDS = 2_000_000
 IMAGE_TOKENS = 256  # visual tokens per sample of the evaluation
 ABLATIONS = ("full", "text-only", "all-but-asked", "oracle")
 SMALL_GRIDS = 300  # first steps, with 5x8 cells only
-ALIGNMENT = 500  # first steps, over which the auxiliary loss fades out
+ALIGNMENT = 500  # first steps, over which the alignment loss fades out
+WATCHING = 900  # first steps, over which the loss on attention fades out
+WATCHED = (2, 3)  # layer and head
 BLIND = 1 / 8  # of the questions, after the small grids
 
 
@@ -122,12 +127,14 @@ class Turns(NamedTuple):
         ids: From after the last ``<|vision_end|>`` to before the last ``<|im_end|>``.
         labels: The token to predict from each of ``ids``, -1 for those that are not trained.
         last: Whether the token belongs to the last answer.
+        next: The visual token that follows on the path or line, where it decides the label; else -1.
         cells: What the last answer needs.
     """
 
     ids: list[int]
     labels: list[int]
     last: list[bool]
+    next: list[int]
     cells: tuple[int, ...]
 
 
@@ -143,6 +150,7 @@ class Batch(NamedTuple):
         mask: bool [B, T, P + T], as the model takes it.
         owner: Which question a token belongs to, [B, T], -1 for padding.
         last: bool [B, T], tokens of the last answer: decoded after the cache was compressed.
+        next: What of the prefix follows on the path or line, [B, T], -1 where nothing does.
         needed: bool [B, T, P], the visual tokens that the row's question needs.
     """
 
@@ -156,6 +164,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor
     owner: torch.Tensor
     last: torch.Tensor
+    next: torch.Tensor
     needed: torch.Tensor
 
 
@@ -175,15 +184,23 @@ class Packer:
         return self._known[text]
 
     def turns(self, questions: tuple[tasks.Question, ...]) -> Turns:
-        ids, labels, last = [], [], []
+        ids, labels, last, following = [], [], [], []
         for turn, question in enumerate(questions):
             asked = [] if turn == 0 else self._ids("<|im_end|>\n<|im_start|>user\n")
             asked = asked + self._words(question.text) + self._ids("<|im_end|>\n<|im_start|>assistant\n")
             answer = self._words(question.answer)
             ids += asked + answer
             labels += [-1] * (len(asked) - 1) + answer + [self._end]
+            cells = list(question.cells)
+            if question.text.startswith("path"):  # " path", colour, digit, colour, digit, ...
+                steps = [cells[i // 2] if i % 2 and i > 2 else -1 for i in range(len(answer))]
+            elif question.text.startswith("read"):  # " line", digit, digit, ...
+                steps = [-1, *cells[1:]]
+            else:
+                steps = [-1] * len(answer)
+            following += [-1] * (len(asked) - 1) + steps + [-1]
             last += [False] * len(asked) + [turn + 1 == len(questions)] * len(answer)
-        return Turns(ids, labels, last, questions[-1].cells)
+        return Turns(ids, labels, last, following, questions[-1].cells)
 
     def _words(self, text: str) -> list[int]:
         """As ``_ids``; a word with its leading space is a token or a few, so words are known."""
@@ -196,7 +213,7 @@ class Packer:
         visual = prefix == build.TOKEN_ID["<|video_pad|>" if video else "<|image_pad|>"]
         size, length = len(packed), max(sum(len(t.ids) for t in row) for row in packed)
         tail = torch.zeros(size, length, dtype=torch.long)
-        labels, owner = torch.full((2, size, length), -1)
+        labels, owner, following = torch.full((3, size, length), -1)
         start = torch.zeros(size, length, dtype=torch.long)
         last = torch.zeros(size, length, dtype=torch.bool)
         needed = torch.zeros(size, length, len(prefix), dtype=torch.bool)
@@ -208,6 +225,8 @@ class Packer:
                 tail[row, here] = torch.tensor(turns.ids)
                 labels[row, here] = torch.tensor(turns.labels)
                 last[row, here] = torch.tensor(turns.last)
+                after = torch.tensor(turns.next)
+                following[row, here] = torch.where(after < 0, -1, cells[after])
                 owner[row, here], start[row, here] = number, at
                 needed[row, here, cells[list(turns.cells)]] = True
                 at += len(turns.ids)
@@ -217,7 +236,7 @@ class Packer:
         tail_positions = (positions.max() + 1 + column - start).expand(3, -1, -1)
         return Batch(
             torch.from_numpy(grids), prefix, positions, visual, tail, labels, tail_positions, mask,
-            owner, last, needed,
+            owner, last, following, needed,
         )  # fmt: skip
 
 
@@ -259,15 +278,20 @@ def pixels() -> torch.Tensor:
     return (bank - 0.5) / 0.25
 
 
-def predict(model: TinyVLM, cells: torch.Tensor, batch: Batch, mask: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, vocabulary], float32."""
+def predict(
+    model: TinyVLM, cells: torch.Tensor, batch: Batch, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, T, vocabulary] and the log attention [B, T, P + T] of the watched head, float32."""
     embed = model.model.embed_tokens
     size, pictures = batch.grids.shape[:2]
     visual = model.visual(cells, batch.grids.flatten(0, 1)).view(size, -1, embed.embedding_dim)
     prefix = embed(batch.prefix).to(visual.dtype).expand(size, -1, -1).clone()
     prefix[:, batch.visual] = visual
     tail = embed(batch.tail)
-    return model.model(prefix.float(), batch.positions, tail, batch.tail_positions, mask).float()
+    logits, watched = model.model(
+        prefix.float(), batch.positions, tail, batch.tail_positions, mask, WATCHED
+    )
+    return logits.float(), watched
 
 
 def without(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
@@ -280,7 +304,8 @@ def without(batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
 def alignment_loss(model: TinyVLM, cells: torch.Tensor, packer: Packer) -> torch.Tensor:
     """Cross entropy of the digit sprites' embeddings against their colours' and digits' words."""
     count = 10 * len(tasks.NAMES)
-    x = model.visual(cells[: count + 10], torch.arange(count + 10).view(-1, 1, 1)).squeeze(1).float()
+    alone = torch.arange(count + 10).view(-1, 1, 1).expand(-1, model.visual.window, model.visual.window)
+    x = model.visual(cells[: count + 10], alone).mean(1).float()
     words = model.model.embed_tokens.weight
     logits = F.log_softmax(F.rms_norm(x, x.shape[-1:]) @ words.T, dim=-1)
     digit = logits.gather(1, packer.digits.repeat(len(tasks.NAMES) + 1)[:, None]).mean()
@@ -288,11 +313,28 @@ def alignment_loss(model: TinyVLM, cells: torch.Tensor, packer: Packer) -> torch
     return -digit - colour
 
 
+class Training(NamedTuple):
+    """What a training step takes from the run's arguments.
+
+    Attributes:
+        seed: Of the run.
+        multiple: What rows and columns of a picture must be multiples of.
+        drop_keys: Hide random unneeded visual keys.
+        workers: Threads that share a step's pictures; they see equal shapes.
+    """
+
+    seed: int
+    multiple: int = 1
+    drop_keys: bool = False
+    workers: int = 1
+
+
 def training_batch(
-    seed: int, step: int, packer: Packer, small: bool, multiple: int, drop_keys: bool
+    training: Training, step: int, packer: Packer, small: bool, worker: int = 0
 ) -> tuple[Batch, torch.Tensor, torch.Tensor]:
-    """A batch, its mask, and which rows [B, T] are blind to what they need."""
-    rng = np.random.default_rng((1_000_000 + seed, step))
+    """One worker's share of a batch, its mask, and which rows [B, T] are blind to what they need."""
+    multiple, drop_keys = training.multiple, training.drop_keys
+    rng = np.random.default_rng((1_000_000 + training.seed, step))
     pair = not small and step % 5 == 0
     if small:
         rows, columns = 5, 8
@@ -306,6 +348,8 @@ def training_batch(
         rows, columns = (multiple * max(1, round(n / multiple)) for n in (rows, columns))
     kind = ("images", "video")[int(rng.integers(2))] if pair else None
     size = int(np.clip(16 * 200 / (rows * columns * (2 if pair else 1)), 6, 16))
+    size = -(-size // training.workers)
+    rng = np.random.default_rng((1_000_000 + training.seed, step, worker))
     scenes, packed = [], []
     for _ in range(size):
         if pair:
@@ -362,7 +406,6 @@ def loss_of(logits: torch.Tensor, batch: Batch, blind: torch.Tensor, digits: tor
     return loss / (seen.sum() + rows.sum())
 
 
-@torch.no_grad()
 def evaluate(
     model: TinyVLM,
     packer: Packer,
@@ -370,6 +413,7 @@ def evaluate(
     side: int = 16,
     seed: int = EVALUATION_SEEDS,
     ablations: tuple[str, ...] = ABLATIONS,
+    threads: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Share of exact greedy answers, task -> ablation -> share.
 
@@ -378,8 +422,9 @@ def evaluate(
     decoded after the first token of the (last) answer; the prefill sees everything.
     """
     cells = pixels()
-    result = {}
-    for task in tasks.TASKS:
+
+    @torch.no_grad()
+    def shares(task: str) -> dict[str, float]:
         counts = dict.fromkeys(ablations, 0)
         for first in range(0, samples, 20):
             drawn = [tasks.lay_out(task, seed + i, side) for i in range(first, min(samples, first + 20))]
@@ -389,15 +434,17 @@ def evaluate(
             all_cells = torch.ones_like(batch.needed)
             hidden = dict(zip(ABLATIONS, (~all_cells, all_cells, batch.needed, ~batch.needed)))
             for name in ablations:
-                logits = predict(model, cells, batch, without(batch, hidden[name]))
+                logits, _ = predict(model, cells, batch, without(batch, hidden[name]))
                 scored = batch.labels >= 0
                 if name != "full" and task == "turns":
                     # The last answer, and its first token, which the prefill gives.
                     scored &= batch.last | batch.last.roll(-1, 1)
                 right = (logits.argmax(-1) == batch.labels) | ~scored
                 counts[name] += int(right.all(1).sum())
-        result[task] = {name: round(count / samples, 4) for name, count in counts.items()}
-    return result
+        return {name: round(count / samples, 4) for name, count in counts.items()}
+
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(tasks.TASKS, pool.map(shares, tasks.TASKS)))
 
 
 def train(
@@ -409,8 +456,11 @@ def train(
     steps: int = 1600,
     start: Path | None = None,
     learning_rate: float = 1e-3,
+    threads: int = 1,
 ) -> None:
     """Train and write the checkpoint; see the module and the command line."""
+    # Operators this small gain little from threads of their own; shares of the batch do.
+    torch.set_num_threads(1)
     began = time.monotonic()
     out_dir.mkdir(parents=True, exist_ok=True)
     config = tiny_config(vision)
@@ -420,7 +470,7 @@ def train(
     if start is not None:
         stored = load_file(start / "model.safetensors")
         model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
-    multiple = 1 if model.visual.local else model.visual.window
+    training = Training(seed, 1 if model.visual.local else model.visual.window, drop_keys, threads)
     cells = pixels()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
 
@@ -428,7 +478,7 @@ def train(
         return min(1.0, (step + 1) / 60) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    with (out_dir / "training.jsonl").open("w") as log:
+    with (out_dir / "training.jsonl").open("w") as log, ThreadPoolExecutor(threads) as pool:
 
         def note(**record) -> None:
             print(json.dumps(record), flush=True)
@@ -438,29 +488,40 @@ def train(
             seed=seed, vision=vision, drop_keys=drop_keys, steps=steps, start=start and start.name,
             learning_rate=learning_rate, parameters=sum(p.numel() for p in model.parameters()),
             torch=torch.__version__, numpy=np.__version__, python=platform.python_version(),
-            threads=torch.get_num_threads(),
+            threads=threads,
         )  # fmt: skip
         losses = []
         for step in range(steps):
             small = start is None and step < SMALL_GRIDS
-            batch, mask, blind = training_batch(seed, step, packer, small, multiple, drop_keys)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = predict(model, cells, batch, mask)
-                fade = 0.0 if start is not None and vision == "local" else max(0.0, 1 - step / ALIGNMENT)
-                aligned = alignment_loss(model, cells, packer) if fade and model.visual.local else 0.0
-            loss = loss_of(logits, batch, blind, packer.digits)
-            optimizer.zero_grad(set_to_none=True)
-            (loss + fade * aligned).backward()
+            watching = 0.0 if start is not None else max(0.0, 1 - step / WATCHING)
+            fade = 0.0 if start is not None else max(0.0, 1 - step / ALIGNMENT)
+
+            def share(worker: int) -> float:
+                batch, mask, blind = training_batch(training, step, packer, small, worker)
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits, watched = predict(model, cells, batch, mask)
+                    align = fade and worker == 0
+                    aligned = fade * alignment_loss(model, cells, packer) if align else 0.0
+                loss = loss_of(logits, batch, blind, packer.digits) / threads
+                rows = (batch.next >= 0) & ~blind
+                if watching and rows.any():
+                    missed = -watched[rows].gather(1, batch.next[rows][:, None]).mean()
+                    aligned = aligned + 0.3 * watching / threads * missed
+                (loss + aligned).backward()
+                return loss.item()
+
+            optimizer.zero_grad()
+            losses.append(sum(pool.map(share, range(threads))))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
             if step % 100 == 99 or step + 1 == steps:
                 exact = {}
                 if step % 200 == 199:
                     exact = evaluate(
-                        model, packer, 20, seed=EVALUATION_SEEDS + 100_000, ablations=ABLATIONS[:2]
-                    )
+                        model, packer, 20, seed=EVALUATION_SEEDS + 100_000, ablations=ABLATIONS[:2],
+                        threads=threads,
+                    )  # fmt: skip
                 note(
                     step=step + 1, loss=round(float(np.mean(losses)), 4), exact=exact,
                     seconds=round(time.monotonic() - began, 1),
@@ -470,9 +531,9 @@ def train(
         build.write_checkpoint(out_dir, config, weights, WORDS)
         trained = time.monotonic() - began
         model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in weights.items()})
-        for task, scores in evaluate(model, packer).items():
+        for task, scores in evaluate(model, packer, threads=threads).items():
             note(task=task, visual_tokens=256, samples=200, exact=scores)
-        for task, scores in evaluate(model, packer, samples=20, side=32).items():
+        for task, scores in evaluate(model, packer, samples=20, side=32, threads=threads).items():
             note(task=task, visual_tokens=1024, samples=20, exact=scores)
         note(training_seconds=round(trained, 1))
 
@@ -492,9 +553,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="checkpoint directory to start from")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=min(3, os.cpu_count() or 1))
-    arguments = vars(parser.parse_args())
-    torch.set_num_threads(arguments.pop("threads"))
-    train(**arguments)
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
