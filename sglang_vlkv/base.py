@@ -321,11 +321,14 @@ def check_type(policy: str, option, value: object) -> None:
         "str": ((str,), "a string"),
         "Sequence[int]": ((list, tuple), "a list of integers"),
     }
-    types, words = kinds.get(option.type, ((Mapping,), "an object of modality names to fractions"))
+    kind = getattr(option.type, "__name__", option.type)  # a type, or its name
+    types, words = kinds.get(kind, ((Mapping,), "an object of modality names to fractions"))
     fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-    if fits and option.type == "Sequence[int]":
-        fits = all(isinstance(x, int) and not isinstance(x, bool) for x in value)
     require(fits, f"{policy} option {option.name}", value, words)
+    integers = {"int": [value], "Sequence[int]": value}.get(kind, [])
+    for number in integers:
+        fits = isinstance(number, int) and not isinstance(number, bool) and abs(number) < 2**31
+        require(fits, f"{policy} option {option.name}", value, f"{words} of at most 31 bits")
     choices = option.metadata.get("choices")
     if choices:
         require(value in choices, option.name, value, f"one of {', '.join(choices)}")

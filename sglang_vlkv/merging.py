@@ -97,8 +97,11 @@ def bucket_means(x: torch.Tensor, bucket: torch.Tensor, num_kept: int) -> torch.
     num_heads, n = bucket.shape
     bases = torch.arange(num_heads, device=x.device)[:, None] * (num_kept + 1)
     at = (bases + bucket.remainder(num_kept + 1)).flatten()  # -1 becomes a bucket that nobody reads
+    rows = x.transpose(0, 1).reshape(num_heads * n, -1)
     sums = torch.zeros(num_heads * (num_kept + 1), x.shape[2], device=x.device)
-    sums.index_add_(0, at, x.transpose(0, 1).reshape(num_heads * n, -1).float())
-    counts = torch.bincount(at, minlength=len(sums)).clamp_min(1)
-    means = (sums / counts[:, None]).view(num_heads, num_kept + 1, -1)[:, :num_kept]
-    return means.transpose(0, 1).to(x.dtype)
+    sums.index_add_(0, at, rows.float())
+    counts = torch.bincount(at, minlength=len(sums))
+    one = torch.zeros_like(counts).scatter_(0, at, torch.arange(len(at), device=x.device))
+    means = (sums / counts.clamp_min(1)[:, None]).to(x.dtype)
+    means = torch.where((counts == 1)[:, None], rows[one], means)
+    return means.view(num_heads, num_kept + 1, -1)[:, :num_kept].transpose(0, 1)

@@ -41,7 +41,8 @@ class Rope:
             ``[n, H, D]`` float32.
         """
         cos, sin = self.angles(positions)
-        return self.rotate(x, cos, -sin)
+        length = cos.square() + sin.square()  # not 1 where RoPE scales what it turns (YaRN)
+        return self.rotate(x, cos / length, -sin / length)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Turns every lane of ``x`` ``[n, H, D]`` by the angles ``[n, rotary_dim / 2]``."""

@@ -67,7 +67,7 @@ def tiers(
         left = num_kept - (tier < QUOTA).sum(1, keepdim=True)
         open_to = (tier == REST) & (quota_scores > -torch.inf)
         best = rank(quota_scores.masked_fill(~open_to, -torch.inf))
-        tier[open_to & (best < (policy.quota * left).round())] = QUOTA
+        tier[open_to & (best < (policy.quota * left.double()).round())] = QUOTA
     return tier
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ class Expected(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.future >= 1, "future", self.future, "at least 1")
-        require(self.epsilon >= 0, "epsilon", self.epsilon, "at least 0")
+        require(1 <= self.future <= 65_536, "future", self.future, "in [1, 65536]")
+        require(0 <= self.epsilon < math.inf, "epsilon", self.epsilon, "finite and at least 0")
 
     @property
     def observes(self) -> bool:

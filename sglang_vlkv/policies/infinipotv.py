@@ -40,8 +40,8 @@ class InfiniPotV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.recent_frames <= 1, "recent_frames", self.recent_frames, "in (0, 1]")
-        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        require(odd, "kernel_size", self.kernel_size, "odd and at least 1")
+        odd = 1 <= self.kernel_size < 100 and self.kernel_size % 2 == 1
+        require(odd, "kernel_size", self.kernel_size, "odd, from 1 to 99")
 
     def score(self, layer: Layer) -> LayerScores:
         norms = layer.v.float().norm(dim=-1).T

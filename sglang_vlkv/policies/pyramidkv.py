@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.beta >= 1, "beta", self.beta, "at least 1")
+        require(1 <= self.beta < math.inf, "beta", self.beta, "finite and at least 1")
 
     def layer_budgets(
         self, sparsity: list[float], num_prompt: int, profiles: list[torch.Tensor] | None = None

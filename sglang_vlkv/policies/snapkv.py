@@ -29,8 +29,8 @@ class SnapKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.window_size >= 1, "window_size", self.window_size, "at least 1")
-        odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        require(odd, "kernel_size", self.kernel_size, "odd and at least 1")
+        odd = 1 <= self.kernel_size < 100 and self.kernel_size % 2 == 1
+        require(odd, "kernel_size", self.kernel_size, "odd, from 1 to 99")
 
     def num_voting(self, prompt: Prompt) -> int:
         return min(self.window_size, prompt.num_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -46,7 +47,7 @@ class VLKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.question <= 1, "question", self.question, "in [0, 1]")
-        require(self.ridge > 0, "ridge", self.ridge, "above 0")
+        require(1e-6 <= self.ridge < math.inf, "ridge", self.ridge, "finite and at least 1e-6")
 
     def floors(self, prompt: Prompt) -> Iterator[tuple[torch.Tensor, float]]:
         yield from super().floors(prompt)

@@ -34,11 +34,11 @@ def post_vision_scores(
         tile: attention entries to materialise at a time.
 
     Raises:
-        ValueError: R > n, or Hq is not a multiple of Hkv.
+        ValueError: R > n without ``rows``, or Hq is not a multiple of Hkv.
     """
     num_rows, num_q_heads, head_dim = q.shape
     num_keys, num_kv_heads, _ = k.shape
-    if num_rows > num_keys or num_q_heads % num_kv_heads:
+    if (rows is None and num_rows > num_keys) or num_q_heads % num_kv_heads:
         raise ValueError(f"q is {list(q.shape)} and k is {list(k.shape)}; R <= n and Hkv | Hq needed")
     group = num_q_heads // num_kv_heads
     q = (q.float() * scale).view(num_rows, num_kv_heads, group, head_dim).transpose(0, 1)
