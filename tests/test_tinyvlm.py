@@ -11,7 +11,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from sglang_vlkv.tinyvlm import ask, build, tasks, train
 
 SMALL = dict(
-    num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, hidden_size=64, intermediate_size=96,
+    num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, hidden_size=128, intermediate_size=96,
     max_position_embeddings=4096, mrope_section=[2, 3, 11], rope_theta=300.0,
     vocab_size=build.vocab_size(train.WORDS), tie_word_embeddings=True,
 )  # fmt: skip
@@ -125,7 +125,7 @@ def test_training_forward_is_the_real_model(tmp_path, vision, task):
     grids = np.stack([np.stack(scene.grids) for scene in scenes])
     batch = packer.pack(grids, packed, video=task == "video")
     with torch.no_grad():
-        got = train.predict(model, train.pixels(), batch, batch.mask)
+        got, _ = train.predict(model, train.pixels(), batch, batch.mask)
     for row, (seed, mine) in enumerate(zip((4, 5), packed)):
         sample = tasks.draw(task, seed, num_visual)
         messages = []
@@ -171,8 +171,8 @@ def test_hidden_cells_are_hidden_from_the_decoded_answer_only(local):
     batch = packer.pack(np.stack(scene.grids)[None], [[packer.turns(questions)]])
     cells = train.pixels()
     with torch.no_grad():
-        full = train.predict(model, cells, batch, batch.mask)
-        hidden = train.predict(model, cells, batch, train.without(batch, batch.needed))
+        full, _ = train.predict(model, cells, batch, batch.mask)
+        hidden, _ = train.predict(model, cells, batch, train.without(batch, batch.needed))
     first = len(packer.turns(questions).ids) - int(batch.last.sum())
     torch.testing.assert_close(full[0, :first], hidden[0, :first])
     assert not torch.allclose(full[0, first:], hidden[0, first:], atol=1e-3)
@@ -181,14 +181,29 @@ def test_hidden_cells_are_hidden_from_the_decoded_answer_only(local):
     assert needed.tolist() == sorted(questions[0].cells)
 
 
+@pytest.mark.parametrize("task", ["path", "reading"])
+def test_the_watched_head_should_see_the_cell_of_the_next_label(local, task):
+    _, _, packer = local
+    scene, questions = tasks.lay_out(task, 3, 8)
+    batch = packer.pack(np.stack(scene.grids)[None], [[packer.turns(questions)]])
+    sprites = torch.full_like(batch.prefix, -1)
+    sprites[batch.visual] = batch.grids.flatten()
+    rows = batch.next[0] >= 0
+    assert rows.sum() == (tasks.PATH_CELLS - 1 if task == "path" else tasks.LINE_DIGITS)
+    seen = sprites[batch.next[0, rows]]
+    want = packer.colours[seen // 10] if task == "path" else packer.digits[seen % 10]
+    assert torch.equal(batch.labels[0, rows], want)
+
+
 def test_training_steps_reduce_the_loss(local):
     _, _, packer = local
     model = train.initial_model(build.model_config(**SMALL, window_size=28, full_attention_blocks=()), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch, mask, blind = train.training_batch(0, 1, packer, small=True, multiple=1, drop_keys=False)
+    batch, mask, blind = train.training_batch(train.Training(0), 1, packer, small=True)
     losses = []
     for _ in range(3):
-        loss = train.loss_of(train.predict(model, train.pixels(), batch, mask), batch, blind, packer.digits)
+        logits, _ = train.predict(model, train.pixels(), batch, mask)
+        loss = train.loss_of(logits, batch, blind, packer.digits)
         optimizer.zero_grad()
         (loss + train.alignment_loss(model, train.pixels(), packer)).backward()
         optimizer.step()
@@ -198,7 +213,7 @@ def test_training_steps_reduce_the_loss(local):
 
 def test_dropped_keys_are_never_needed_ones(local):
     _, _, packer = local
-    batch, mask, blind = train.training_batch(0, 1, packer, small=False, multiple=1, drop_keys=True)
+    batch, mask, blind = train.training_batch(train.Training(0, drop_keys=True), 1, packer, small=False)
     gone = ~mask[:, :, : len(batch.visual)] & batch.last[:, :, None]
     assert not (gone & batch.needed)[~blind].any()
     assert (gone & ~batch.needed)[~blind].any() and (gone & batch.needed)[blind].any()

@@ -57,6 +57,7 @@ SMALL_GRIDS = 300  # first steps, with 5x8 cells only
 ALIGNMENT = 500  # first steps, over which the alignment loss fades out
 WATCHING = 900  # first steps, over which the loss on attention fades out
 WATCHED = (2, 3)  # layer and head
+TOLD, DIGIT, COLOUR = range(3)
 BLIND = 1 / 8  # of the questions, after the small grids
 
 
@@ -108,7 +109,7 @@ def initial_model(config: dict, seed: int) -> TinyVLM:
         # must weigh less than anything in the own row, hence the larger amplitude for height.
         for pair in range(time_pairs, time_pairs + height_pairs + 4):
             height = pair < time_pairs + height_pairs
-            amplitude, phase = (10.6, math.pi / 4) if height else (4.1, math.pi / 2)
+            amplitude, phase = (12.0, math.pi / 4) if height else (5.0, math.pi / 2)
             attention.k_proj.bias[pair] = amplitude
             attention.q_proj.bias[pair] = amplitude * math.cos(phase)
             attention.q_proj.bias[pair + pairs] = amplitude * math.sin(phase)
@@ -127,6 +128,7 @@ class Turns(NamedTuple):
         ids: From after the last ``<|vision_end|>`` to before the last ``<|im_end|>``.
         labels: The token to predict from each of ``ids``, -1 for those that are not trained.
         last: Whether the token belongs to the last answer.
+        shown: What the label is: TOLD if the text determines it, else DIGIT or COLOUR of the picture.
         next: The visual token that follows on the path or line, where it decides the label; else -1.
         cells: What the last answer needs.
     """
@@ -134,6 +136,7 @@ class Turns(NamedTuple):
     ids: list[int]
     labels: list[int]
     last: list[bool]
+    shown: list[int]
     next: list[int]
     cells: tuple[int, ...]
 
@@ -150,6 +153,7 @@ class Batch(NamedTuple):
         mask: bool [B, T, P + T], as the model takes it.
         owner: Which question a token belongs to, [B, T], -1 for padding.
         last: bool [B, T], tokens of the last answer: decoded after the cache was compressed.
+        shown: As in ``Turns``, [B, T].
         next: What of the prefix follows on the path or line, [B, T], -1 where nothing does.
         needed: bool [B, T, P], the visual tokens that the row's question needs.
     """
@@ -164,6 +168,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor
     owner: torch.Tensor
     last: torch.Tensor
+    shown: torch.Tensor
     next: torch.Tensor
     needed: torch.Tensor
 
@@ -176,6 +181,7 @@ class Packer:
         self._known: dict[str, list[int]] = {}
         self.digits = torch.tensor([self._ids(f" {digit}")[0] for digit in range(10)])
         self.colours = torch.tensor([self._ids(f" {name}")[0] for name in tasks.NAMES])
+        self._digits, self._colours = set(self.digits.tolist()), set(self.colours.tolist())
         self._end = build.TOKEN_ID["<|im_end|>"]
 
     def _ids(self, text: str) -> list[int]:
@@ -184,7 +190,7 @@ class Packer:
         return self._known[text]
 
     def turns(self, questions: tuple[tasks.Question, ...]) -> Turns:
-        ids, labels, last, following = [], [], [], []
+        ids, labels, last, shown, following = [], [], [], [], []
         for turn, question in enumerate(questions):
             asked = [] if turn == 0 else self._ids("<|im_end|>\n<|im_start|>user\n")
             asked = asked + self._words(question.text) + self._ids("<|im_end|>\n<|im_start|>assistant\n")
@@ -199,8 +205,20 @@ class Packer:
             else:
                 steps = [-1] * len(answer)
             following += [-1] * (len(asked) - 1) + steps + [-1]
+            shown += [TOLD] * (len(asked) - 1) + self._shown(question, answer) + [TOLD]
             last += [False] * len(asked) + [turn + 1 == len(questions)] * len(answer)
-        return Turns(ids, labels, last, following, questions[-1].cells)
+        return Turns(ids, labels, last, shown, following, questions[-1].cells)
+
+    def _shown(self, question: tasks.Question, answer: list[int]) -> list[int]:
+        numbered = question.text.startswith(("picture", "frame"))
+        told = {"list": 0, "path": 2}.get(question.text.split()[0], len(answer))
+        shown = []
+        for i, token in enumerate(answer):
+            if token in self._digits and not (numbered and i == 1):
+                shown.append(DIGIT)
+            else:
+                shown.append(COLOUR if token in self._colours and i >= told else TOLD)
+        return shown
 
     def _words(self, text: str) -> list[int]:
         """As ``_ids``; a word with its leading space is a token or a few, so words are known."""
@@ -214,6 +232,7 @@ class Packer:
         size, length = len(packed), max(sum(len(t.ids) for t in row) for row in packed)
         tail = torch.zeros(size, length, dtype=torch.long)
         labels, owner, following = torch.full((3, size, length), -1)
+        shown = torch.full((size, length), TOLD)
         start = torch.zeros(size, length, dtype=torch.long)
         last = torch.zeros(size, length, dtype=torch.bool)
         needed = torch.zeros(size, length, len(prefix), dtype=torch.bool)
@@ -225,6 +244,7 @@ class Packer:
                 tail[row, here] = torch.tensor(turns.ids)
                 labels[row, here] = torch.tensor(turns.labels)
                 last[row, here] = torch.tensor(turns.last)
+                shown[row, here] = torch.tensor(turns.shown)
                 after = torch.tensor(turns.next)
                 following[row, here] = torch.where(after < 0, -1, cells[after])
                 owner[row, here], start[row, here] = number, at
@@ -236,7 +256,7 @@ class Packer:
         tail_positions = (positions.max() + 1 + column - start).expand(3, -1, -1)
         return Batch(
             torch.from_numpy(grids), prefix, positions, visual, tail, labels, tail_positions, mask,
-            owner, last, following, needed,
+            owner, last, shown, following, needed,
         )  # fmt: skip
 
 
@@ -397,11 +417,10 @@ def training_batch(
 
 
 def loss_of(logits: torch.Tensor, batch: Batch, blind: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy; blind rows should find all digits equally likely, and nothing else counts."""
-    is_digit = torch.isin(batch.labels, digits)
-    seen = (batch.labels >= 0) & ~blind
+    """Mean cross entropy; where blind rows would need the picture, all digits should be equally likely."""
+    seen = (batch.labels >= 0) & (~blind | (batch.shown == TOLD))
     loss = F.cross_entropy(logits[seen], batch.labels[seen], reduction="sum")
-    rows = blind & is_digit
+    rows = blind & (batch.shown == DIGIT)
     loss = loss - F.log_softmax(logits[rows], dim=-1)[:, digits].mean(-1).sum()
     return loss / (seen.sum() + rows.sum())
 
