@@ -26,6 +26,7 @@ COLUMNS = tuple(column for task in TASKS for column in (TURNS if task == "turns"
 HEADLINE = ("single", "multi", "list", "path", "reading", "turn 2", "turn 3")
 
 VIDEO_FPS = 2  # SGLang samples two frames per second: all of them
+VIDEO_FRAMES = 4  # two of the task, each twice
 
 
 class Prompt(NamedTuple):
