@@ -7,9 +7,10 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, field, fields, make_dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Mapping, Sequence
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ def make_case(
     num_layers=3,
     last_turn=0,
     drafted=0,
+    alike=1.0,
 ) -> Case:
+    """Keys share a direction, the more the larger ``alike``; layers differ in the strength of attention."""
     generator = torch.Generator().manual_seed(seed)
     tags, positions = layout(spans)
     n, axes = len(tags), 1 + max(rope.axes)
@@ -72,9 +75,8 @@ def make_case(
         return torch.randn(num_layers, rows, heads, dim, generator=generator, dtype=torch.float64)
 
     turns = torch.stack([rope.matrix(position, dim) for position in positions])
-    # Keys alike, layers of different strength: so redundancy, sparsity and skewness differ.
     strength = torch.linspace(0.7, 2.0, num_layers)[:, None, None, None]
-    q, k = normal(n, hkv * group) * strength, normal(n, hkv) + normal(1, hkv)
+    q, k = normal(n, hkv * group) * strength, normal(n, hkv) + alike * normal(1, hkv)
     q, k = (torch.einsum("nde,lnhe->lnhd", turns, x).to(dtype) for x in (q, k))
     v, draft = normal(n, hkv).to(dtype), normal(drafted, hkv * group).to(dtype)
     return Case(tags, q, k, v, draft, 1.5 * dim**-0.5, rope, positions, last_turn)
@@ -95,12 +97,13 @@ CASES = {
         Rotary(32, THREE_AXES),
         last_turn=60,
         drafted=3,
+        alike=0.1,
     ),
     "G=1, D=5, partial rotary, R > text": lambda: make_case(
         3,
         [(P, 8), (T, 6), (P, 11), (S, 1), (P, 12), (T, 3)],
         *(3, 1, 5),
-        Rotary(4, (0, 0), neox=False),
+        Rotary(4, (0, 0), neox=False, limit=50),
         last_turn=39,
     ),
     "ends with a picture, one layer": lambda: make_case(
@@ -420,25 +423,25 @@ REFUSED = {
     "renormalise": ("true or false", [1]),
     "reduce": ("one of max, sum", ["mean"]),
     "question": FRACTION,
-    "ridge": ("above 0", [0, -1.0, NAN]),
+    "ridge": ("finite and at least 1e-6", [0, -1.0, 1e-7, INF, NAN]),
     "importance": ("one of prompt, mean, window", ["all"]),
     "window_size": ("at least 1", [0]),
-    "kernel_size": ("odd and at least 1", [0, -1, 4]),
-    "beta": ("at least 1", [0.9, NAN]),
+    "kernel_size": ("odd, from 1 to 99", [0, -1, 4, 101]),
+    "beta": ("finite and at least 1", [0.9, INF, NAN]),
     "elite": FRACTION,
     "recent_frames": ("in (0, 1]", [0, 1.1, NAN]),
-    "future": ("at least 1", [0]),
-    "epsilon": ("at least 0", [-0.01, NAN]),
+    "future": ("in [1, 65536]", [0, 65_537]),
+    "epsilon": ("finite and at least 0", [-0.01, INF, NAN]),
     "seed": ("an integer", [0.5]),
     "visual": ("numbers from 0", [[-1], [3, -2]]),
     "keep": ("true or false", [1]),
 }
 WRONG_TYPES = {
     "float": ("a number", ["1", None, True]),
-    "int": ("an integer", ["1", 1.0, None, True]),
+    "int": ("an integer", ["1", 1.0, None, True, 2**31, -(2**70)]),
     "bool": ("true or false", ["true", None]),
     "str": ("a string", [1, None]),
-    "Sequence[int]": ("a list of integers", ["1", 1, [1.0], [True], None]),
+    "Sequence[int]": ("a list of integers", ["1", 1, [1.0], [True], [2**31], None]),
     "Mapping[str, float]": ("an object", [[], "text", None]),
 }
 
@@ -470,22 +473,50 @@ def test_wrong_options_are_refused_naming_value_and_range(name):
 
 
 @pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (float, 0.5, "1"),
+        (int, 3, 1.5),
+        (bool, True, 1),
+        (str, "word", 1),
+        (Sequence[int], [1, 2], ["1"]),
+        (Mapping[str, float], {"text": 0.5}, ["text"]),
+    ],
+)
+def test_options_may_be_annotated_by_types_or_their_names(kind, good, bad):
+    """Without ``from __future__ import annotations`` a package's fields hold the types themselves."""
+    written = kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+    for annotation in (kind, written):
+        option = ("extra", annotation, field(kw_only=True))
+        policy = make_dataclass("Extra", [option], bases=(Policy,), frozen=True, namespace={"name": "extra"})
+        assert policy(extra=good).extra == good
+        with pytest.raises(ValueError, match="extra"):
+            policy(extra=bad)
+
+
+@pytest.mark.parametrize(
     "name, option, value",
     [
+        ("random", "seed", 2**31 - 1),
         ("random", "seed", 2**62),
-        ("random", "seed", -(2**70)),
+        ("random", "seed", -(2**31) + 1),
+        ("given", "visual", [2**31 - 1]),
         ("given", "visual", [2**70]),
-        ("snapkv", "window_size", 2**70),
+        ("snapkv", "window_size", 2**31 - 1),
         ("snapkv", "kernel_size", 99),
         ("snapkv", "kernel_size", 2**40 + 1),
-        ("infinipotv", "kernel_size", 2**70 + 1),
+        ("infinipotv", "kernel_size", 99),
         ("pyramidkv", "beta", INF),
+        ("pyramidkv", "beta", 1e300),
         ("vlkv", "ridge", INF),
-        ("vlkv", "ridge", 1e-300),
+        ("vlkv", "ridge", 1e-6),
+        ("vlkv", "ridge", 1e300),
+        ("expected", "future", 65_536),
         ("expected", "future", 10**14),
         ("expected", "epsilon", INF),
-        ("expected", "sink_tokens", 2**70),
-        ("vlcache", "max_rows", 2**70),
+        ("expected", "epsilon", 1e300),
+        ("expected", "sink_tokens", 2**31 - 1),
+        ("vlcache", "max_rows", 2**31 - 1),
         ("vlcache", "p", 1e-320),
     ],
 )
