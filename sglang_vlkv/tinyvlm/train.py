@@ -51,7 +51,6 @@ WORDS = (
     "assistant",
 )
 EVALUATION_SEEDS = 2_000_000
-IMAGE_TOKENS = 256  # visual tokens per sample of the evaluation
 ABLATIONS = ("full", "text-only", "all-but-asked", "oracle")
 SMALL_GRIDS = 300  # first steps, with 5x8 cells only
 ALIGNMENT = 500  # first steps, over which the alignment loss fades out
@@ -359,15 +358,16 @@ def training_batch(
     if small:
         rows, columns = 5, 8
     elif pair:
-        rows, columns = int(rng.integers(4, 9)), int(rng.integers(8, 17))
+        wide = rng.random() < 0.15
+        rows, columns = (16, 32) if wide else (int(rng.integers(4, 9)), int(rng.integers(8, 17)))
     elif rng.random() < 0.15:
-        rows, columns = ((8, 32), (32, 8), (6, 24), (20, 20))[rng.integers(4)]
+        rows, columns = ((8, 32), (32, 8), (20, 20), (32, 32))[rng.integers(4)]
     else:
         rows = columns = int(rng.integers(6, 17))
     if multiple > 1:
         rows, columns = (multiple * max(1, round(n / multiple)) for n in (rows, columns))
     kind = ("images", "video")[int(rng.integers(2))] if pair else None
-    size = int(np.clip(16 * 200 / (rows * columns * (2 if pair else 1)), 6, 16))
+    size = int(np.clip(16 * 200 / (rows * columns * (2 if pair else 1)), 3, 16))
     size = -(-size // training.workers)
     rng = np.random.default_rng((1_000_000 + training.seed, step, worker))
     scenes, packed = [], []
@@ -428,7 +428,7 @@ def loss_of(logits: torch.Tensor, batch: Batch, blind: torch.Tensor, digits: tor
 def evaluate(
     model: TinyVLM,
     packer: Packer,
-    samples: int = 200,
+    samples: int = 100,
     side: int = 16,
     seed: int = EVALUATION_SEEDS,
     ablations: tuple[str, ...] = ABLATIONS,
@@ -551,9 +551,9 @@ def train(
         trained = time.monotonic() - began
         model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in weights.items()})
         for task, scores in evaluate(model, packer, threads=threads).items():
-            note(task=task, visual_tokens=256, samples=200, exact=scores)
-        for task, scores in evaluate(model, packer, samples=20, side=32, threads=threads).items():
-            note(task=task, visual_tokens=1024, samples=20, exact=scores)
+            note(task=task, visual_tokens=256, samples=100, exact=scores)
+        for task, scores in evaluate(model, packer, samples=12, side=32, threads=threads).items():
+            note(task=task, visual_tokens=1024, samples=12, exact=scores)
         note(training_seconds=round(trained, 1))
 
 
