@@ -14,7 +14,7 @@ from benchmarks import common
 from benchmarks.fidelity import leaderboard, plots, run, statistics
 from benchmarks.fidelity.client import Client
 from benchmarks.fidelity.questions import REPORT_SEEDS, SIZED, TASKS, TUNING_SEEDS, own
-from benchmarks.fidelity.rows import FULL, REFERENCES, ROWS
+from benchmarks.fidelity.rows import FILLED, FULL, REFERENCES, ROWS
 
 QUICK = {
     "checkpoints": ["a"],
@@ -26,7 +26,7 @@ QUICK = {
 }
 DEFAULT = {
     "checkpoints": ["a", "b", "d", "c"],
-    "rows": [*ROWS, *REFERENCES],
+    "rows": [*ROWS, FILLED, *REFERENCES],
     "budgets": None,
     "tasks": None,
     "samples": 10,
@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rows and questions; a smoke test")
     parser.add_argument("--checkpoints", nargs="+", metavar="NAME-OR-DIR", help="default: a b d c")
     parser.add_argument(
-        "--rows", nargs="+", metavar="ROW", choices=[FULL, *ROWS, *REFERENCES], help="default: all"
+        "--rows", nargs="+", metavar="ROW", choices=[FULL, *DEFAULT["rows"]], help="default: all"
     )
     parser.add_argument(
         "--budgets", nargs="+", type=float, help="fractions; default: 0.01 to 1 on the first checkpoint, "

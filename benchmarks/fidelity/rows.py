@@ -13,6 +13,7 @@ FULL = "full"
 OURS = "vlkv"
 # Know which cells the question needs, and run at a budget that follows from them.
 REFERENCES = ("oracle", "all-but-asked", "text-only")
+FILLED = "oracle filled"  # the oracle's cells and text, and the latest positions up to the budget
 
 
 class Row(NamedTuple):
@@ -103,6 +104,11 @@ def least_prompt(budget: float) -> int:
     while budget * tokens < 1:
         tokens += 1
     return tokens
+
+
+def filled_params(cells: tuple[int, ...], budget: float) -> dict:
+    """The ``custom_params`` of ``FILLED``."""
+    return custom_params(Row("given", {"visual": sorted(set(cells))}), budget)
 
 
 def reference_params(name: str, cells: tuple[int, ...], num_prompt: int, num_visual: int) -> dict:

@@ -19,11 +19,13 @@ from benchmarks.fidelity.metrics import Answer, measure
 from benchmarks.fidelity.questions import VIDEO_FPS, VIDEO_FRAMES, Prompt, drawn
 from benchmarks.fidelity.rows import (
     CORE,
+    FILLED,
     FULL,
     GRID,
     REFERENCES,
     ROWS,
     custom_params,
+    filled_params,
     reference_params,
 )
 from tests.serving import LEAK_CHECKS, Server
@@ -68,11 +70,12 @@ def jobs(
     for name in rows:
         if name == FULL:
             continue  # sent before all others
-        if name in REFERENCES:
-            if prompt.cells is not None or name == "text-only":
-                yield Job(name, None)
+        if prompt.cells is None and name in (FILLED, "oracle", "all-but-asked"):
             continue
-        variant = ROWS[name].is_variant
+        if name in REFERENCES:
+            yield Job(name, None)
+            continue
+        variant = name == FILLED or ROWS[name].is_variant
         own = (GRID, CORE, VARIANT)[variant + (not first)]
         if "@" in prompt.task:
             own = () if variant else SIZED
@@ -86,6 +89,8 @@ def params_of(job: Job, prompt: Prompt, full: Answer) -> dict:
         return reference_params(
             job.row, prompt.cells or (), report["prompt_tokens"], report["visual_tokens"]
         )
+    if job.row == FILLED:
+        return filled_params(prompt.cells, job.budget)
     return custom_params(ROWS[job.row], job.budget)
 
 
@@ -192,7 +197,7 @@ def ask_all(
         else:
             record |= measure(prompt, answer, full)
             label = job.row if job.budget is None else f"{job.row} {job.budget}"
-            if job.row not in REFERENCES and "config" in answer.report:
+            if job.row in ROWS and "config" in answer.report:
                 records.configs.setdefault(label, answer.report["config"])
         if key(prompt, job) not in records.done:
             records.add(record)
