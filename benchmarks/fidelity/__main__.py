@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 import time
@@ -70,7 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def command(arguments: list[str]) -> str:
     """The command line without this machine's folders."""
     words = [Path(word).name if word.startswith("/") else word for word in arguments]
-    return " ".join(["python -m benchmarks.fidelity", *words])
+    return f"python -m benchmarks.fidelity {shlex.join(words)}".rstrip()
 
 
 def context(arguments: list[str], args: argparse.Namespace, seeds: list[int]) -> dict:

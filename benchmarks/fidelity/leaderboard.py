@@ -139,7 +139,8 @@ class Board:
             "",
             f"Headline: the mean of exact answers over {headline}. Means over checkpoints weigh them "
             "alike. Brackets: 95% intervals (Wilson for one task, bootstrap over samples otherwise); "
-            "differences are paired, on the same questions, and bold where the interval leaves out 0.",
+            "differences are paired, on the same questions, and bold where the interval leaves out 0, "
+            "with no correction for how many there are.",
         ]
         for old in record.get("resumed", []):
             lines += ["", f"Resumed; before: `{old['command']}` at {old['commit'][:12]}, {old['date']}."]
@@ -225,8 +226,8 @@ class Board:
             "`oracle` keeps all text and the cells that the answer needs; `all-but-asked` keeps "
             "everything but those cells, `text-only` no visual token. Every digit of an answer is decoded "
             "after the compaction, so the last two should be at chance: 10% per digit. A model that never "
-            f"saw so few visual tokens may fail on `oracle`; `{FILLED}` among the rows with a budget keeps the "
-            "latest positions beside the same cells.\n\n"
+            f"saw so few visual tokens may fail on `oracle`; `{FILLED}`, among the rows with a budget, "
+            "keeps the latest positions beside the same cells.\n\n"
         )
         return text + table(["row", "kept %", *self.tasks], lines)
 

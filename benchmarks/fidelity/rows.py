@@ -46,6 +46,10 @@ ROWS: dict[str, Row] = {name: Row(name) for name in policies() if name not in ("
     "elastic mean": Row("elastic", {"importance": "mean"}),
     "elastic append": Row("elastic", {"decode": "append"}),
     "lookm no merge": Row("lookm", {"merge": "none"}),
+    # At their default of 32 the window is all that stays of 10% of 270 tokens.
+    "snapkv window 8": Row("snapkv", {"window_size": 8}),
+    "pyramidkv window 8": Row("pyramidkv", {"window_size": 8}),
+    "mixkv window 8": Row("mixkv", {"window_size": 8}),
     "h2o mean": Row("h2o", {"importance": "mean"}),
 }
 
@@ -61,6 +65,7 @@ COMPARISONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("vlcache", "uniform"),
         ("prefixkv", "uniform"),
         ("pyramidkv", "snapkv"),
+        ("pyramidkv window 8", "snapkv window 8"),
     ),
     "Sum over the rows of the prompt, or mean": (("h2o", "h2o mean"), ("elastic", "elastic mean")),
     "Largest attention over voting rows and heads, or sum": (("vlkv", "vlkv sum"),),
@@ -70,15 +75,26 @@ COMPARISONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("vlcache text floor", "vlcache"),
         ("vlkv", "vlkv no question floor"),
     ),
-    "Quota for what stands out, or none": (("vlkv", "vlkv quota 0"), ("mixkv", "snapkv")),
+    "Quota for what stands out, or none": (
+        ("vlkv", "vlkv quota 0"),
+        ("mixkv", "snapkv"),
+        ("mixkv window 8", "snapkv window 8"),
+    ),
+    "A short observation window, or a long one": (
+        ("snapkv window 8", "snapkv"),
+        ("pyramidkv window 8", "pyramidkv"),
+        ("mixkv window 8", "mixkv"),
+    ),
 }
 
 # (a, b, what papers report for a : b). The figures were read in third-party summaries, not in the PDFs.
 PAPERS: tuple[tuple[str, str, str], ...] = (
     ("vlcache", "h2o", "COCO CIDEr 100.36 : 90.36, DocVQA 62 : 56 (7B, 10%; VL-Cache)"),
     ("vlcache", "snapkv", "no figure at hand"),
+    ("vlcache", "snapkv window 8", "no figure at hand"),
     ("vlcache", "pyramidkv", "COCO CIDEr 100.36 : 66.41, DocVQA 62 : 60 (7B, 10%; VL-Cache)"),
     ("vlcache", "streamingllm", "COCO CIDEr 100.36 : 33.98, DocVQA 62 : 47 (7B, 10%; VL-Cache)"),
+    ("vlcache", "pyramidkv window 8", "as pyramidkv, window unknown"),
     ("h2o", "pyramidkv", "COCO CIDEr 90.36 : 66.41, DocVQA 56 : 60 (7B, 10%; VL-Cache)"),
     ("h2o", "streamingllm", "COCO CIDEr 90.36 : 33.98, DocVQA 56 : 47 (7B, 10%; VL-Cache)"),
     ("pyramidkv", "streamingllm", "COCO CIDEr 66.41 : 33.98, DocVQA 60 : 47 (7B, 10%; VL-Cache)"),
