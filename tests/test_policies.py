@@ -111,7 +111,7 @@ CASES = {
     ),
     "one visual token": lambda: make_case(5, [(T, 7), (P, 1), (T, 9)], 2, 1, 6, Rotary(6, (0,) * 3)),
     "frames of two sizes": lambda: make_case(
-        6, [(V, 2, 1, 3), (T, 2), (V, 2, 2, 2), (T, 6)], 1, 2, 8, Rotary(8, (0, 1, 2, 0))
+        6, [(V, 2, 1, 3), (T, 2), (V, 2, 2, 2), (T, 6)], 1, 2, 8, Rotary(8, (0, 1, 2, 0)), alike=0.0
     ),
 }  # fmt: skip
 case_of = cache(lambda name: CASES[name]())
@@ -294,7 +294,11 @@ def test_floors_take_their_share_of_a_layer_and_no_more(name, share):
             assert int((members & ~protected)[head].sum()) == wanted
 
 
-OBSERVING = [(name, options) for name, options in OPTIONS if policies()[name](**options).observes]
+OBSERVING = [
+    (name, options)
+    for name, options in OPTIONS
+    if policies()[name]().observes and options.get("importance") != "window"
+]
 
 
 def test_those_that_need_the_whole_prompts_queries_say_so():
@@ -310,6 +314,8 @@ def test_chunks_of_the_prefill_do_not_matter(name, options, case):
     for cuts in [(case.n // 2,), (1, 2, case.n // 2, case.n - 1)]:
         pieces = lists(selected(policy, case, cuts))
         assert_same_kept(pieces, whole, judged, TOLERANCE.get(name, 1e-5))
+        one, many = scored(policy, case, 0), scored(policy, case, 0, cuts)
+        assert many.entries == one.entries and abs(many.zeros - one.zeros) <= 2
         seen = observed(policy, case, 0, cuts)
         size = sum(x.numel() if isinstance(x, torch.Tensor) else 1 for x in seen if x is not None)
         assert size <= max(len(case.kv_heads) * case.n, hq * dim * (dim + 1)) + 2, "grows with the queries"
