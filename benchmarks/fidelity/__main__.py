@@ -15,7 +15,8 @@ from benchmarks import common
 from benchmarks.fidelity import leaderboard, plots, run, statistics
 from benchmarks.fidelity.client import Client
 from benchmarks.fidelity.questions import REPORT_SEEDS, SIZED, TASKS, TUNING_SEEDS, own
-from benchmarks.fidelity.rows import FILLED, FULL, REFERENCES, ROWS
+from benchmarks.fidelity.rows import FILLED, FULL, REFERENCES, ROWS, custom_params
+from sglang_vlkv.config import build_settings
 
 QUICK = {
     "checkpoints": ["a"],
@@ -68,6 +69,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
+def check_rows(names: list[str]) -> None:
+    """Ends the program where a row has options that its policy does not know, before any server starts."""
+    settings = build_settings("none", None, {"allow_override": True})
+    for name in names:
+        if name in ROWS:
+            try:
+                settings.for_request(custom_params(ROWS[name], 0.1))
+            except ValueError as error:
+                sys.exit(f"row {name!r} of benchmarks/fidelity/rows.py: {error}")
+
+
 def command(arguments: list[str]) -> str:
     """The command line without this machine's folders."""
     words = [Path(word).name if word.startswith("/") else word for word in arguments]
@@ -110,6 +122,8 @@ def main(arguments: list[str]) -> None:
         write(args.out, before, records)
         records.pack()
         return
+    if not args.url:
+        check_rows(args.rows)
     first_seed = (TUNING_SEEDS if args.tuning else REPORT_SEEDS)[0]
     seeds = list(range(first_seed, first_seed + args.samples))
     record = context(arguments, args, seeds)
