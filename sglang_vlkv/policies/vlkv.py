@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, choice, require
+from sglang_vlkv.base import Layer, LayerScores, Policy, choice, require
 from sglang_vlkv.policies.votes import votes
 
 
 @dataclass(frozen=True)
 class VLKV(Policy):
-    """The question whole, what any of its words looks at, and what stands out in the picture.
+    """What any word of the newest question looks at, its own words first, and what stands out.
 
-    Three departures from VL-Cache (arXiv 2410.23317), each an option:
+    Departures from VL-Cache (arXiv 2410.23317), each an option:
 
-    - The question's rows do not compete with the picture's: all text after the last visual token
-      stays, inside the budget and up to ``floors_share`` of it.
+    - Only the newest turn votes: earlier questions asked about other things.
     - A key is worth the largest attention that any voting row of any head of its group pays it, not
       the sum: a word that looks at one patch outweighs many that glance at another.
-    - A quota of what is left goes to visual tokens that differ from the rest of the picture,
-      whatever the question is: those with the largest Mahalanobis distance of their keys before
-      RoPE, per KV head. Later questions and words not yet decoded may need them.
+    - That attention counts times the norm of the key's value: a patch that writes nothing into the
+      answer may be looked at in vain.
+    - The question's own words count ``question_weight`` times, so that they do not lose to the
+      picture what decoding will need of them. A weight, unlike a floor, takes nothing from heads
+      that look at the picture only.
+    - A visual key gets a prior on top: how much it stands out, whatever the question is, as the
+      squared Mahalanobis distance of its key before RoPE among the prompt's visual keys, per KV head.
+      Where attention is sharp the prior decides nothing; where it is flat, it picks objects rather
+      than background.
 
     Every layer keeps equally many.
 
     Attributes:
         reduce: ``max`` or ``sum`` of the attention over voting rows and group heads.
-        question: fraction of the text after the last visual token that stays.
+        value_norm: exponent of the value's norm; 0 ignores it.
+        question_weight: at least 1; higher keeps more of the question and less of the picture.
+        prior: the prior's mean, as a fraction of the visual keys' mean score; higher trusts the
+            question less. With ``quota`` set, that part of the budget goes by the prior alone.
         ridge: added to the covariance, relative to its mean variance; higher trusts directions in
             which keys hardly vary less.
     """
@@ -38,38 +45,45 @@ class VLKV(Policy):
     name = "vlkv"
     needs_rope = True
 
-    floors_share: float = 0.5
-    quota: float = 0.4
+    voting: str = choice("last_turn", "post_vision")
     reduce: str = choice("max", "sum")
-    question: float = 1.0
+    value_norm: float = 1.0
+    question_weight: float = 2.0
+    prior: float = 0.15
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.question <= 1, "question", self.question, "in [0, 1]")
+        require(0 <= self.value_norm <= 4, "value_norm", self.value_norm, "in [0, 4]")
+        require(
+            1 <= self.question_weight < math.inf, "question_weight", self.question_weight, "finite and at least 1"
+        )
+        require(0 <= self.prior < math.inf, "prior", self.prior, "finite and at least 0")
         require(1e-6 <= self.ridge < math.inf, "ridge", self.ridge, "finite and at least 1e-6")
 
-    def floors(self, prompt: Prompt) -> Iterator[tuple[torch.Tensor, float]]:
-        yield from super().floors(prompt)
-        if self.question:
-            yield torch.arange(prompt.num_tokens) >= prompt.vision_end, self.question
-
     def score(self, layer: Layer) -> LayerScores:
-        scored = votes(layer, reduce=self.reduce)
-        return scored._replace(quota_scores=self._outliers(layer) if self.quota else None)
+        attention = votes(layer, reduce=self.reduce)
+        scores = attention.scores * layer.v.float().norm(dim=-1).T.pow(self.value_norm)
+        prompt = layer.prompt
+        question = max(prompt.vision_end, prompt.last_turn)
+        scores[:, question:] *= self.question_weight
+        if not (self.prior or self.quota):
+            return attention._replace(scores=scores)
+        visual = prompt.visual.nonzero().flatten().to(scores.device)
+        outlying = self.outlyingness(layer, visual)
+        level = self.prior * scores[:, visual].mean(1, keepdim=True)
+        scores[:, visual] += level * outlying / outlying.mean(1, keepdim=True).clamp_min(1e-12)
+        quota_scores = torch.full_like(scores, -torch.inf)
+        quota_scores[:, visual] = outlying
+        return attention._replace(scores=scores, quota_scores=quota_scores)
 
-    def _outliers(self, layer: Layer) -> torch.Tensor:
-        """Squared Mahalanobis distance of the visual keys, ``[Hkv, n]``; ``-inf`` elsewhere."""
-        visual = layer.prompt.visual.nonzero().flatten()
+    def outlyingness(self, layer: Layer, visual: torch.Tensor) -> torch.Tensor:
+        """Squared Mahalanobis distances among the keys at ``visual`` ``[m]``, ``[Hkv, m]``."""
         positions = layer.positions(0, len(layer.k))[:, visual]
-        visual = visual.to(layer.k.device)
-        keys = layer.rope.unrotate(layer.k[visual], positions).transpose(0, 1)  # [H, m, D]
+        keys = layer.rope.unrotate(layer.k[visual], positions).transpose(0, 1)  # [Hkv, m, D]
         keys = keys - keys.mean(1, keepdim=True)
         covariance = keys.mT @ keys / keys.shape[1]
         variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
         eye = torch.eye(keys.shape[2], device=keys.device)
         covariance += self.ridge * variance[:, None, None] * eye
-        distance = (keys * torch.linalg.solve(covariance, keys.mT).mT).sum(-1)
-        scores = torch.full((len(keys), len(layer.k)), -torch.inf, device=keys.device)
-        scores[:, visual] = distance
-        return scores
+        return (keys * torch.linalg.solve(covariance, keys.mT).mT).sum(-1)
