@@ -353,13 +353,24 @@ def outliers(case: Case, layer: int, ridge: float) -> list:
 @defines("vlkv")
 def vlkv(policy, case):
     rows, together = voting_rows(policy, case), {"max": max, "sum": sum}[policy.reduce]
-    return verdict(
-        policy,
-        case,
-        lambda layer: votes(case, layer, rows, together=together),
-        quota=lambda layer: outliers(case, layer, policy.ridge),
-        floors=[(list(range(case.vision_end, case.n)), policy.question)],
-    )
+    question = max(case.vision_end, case.last_turn)
+
+    def score(layer: int) -> list[list[float]]:
+        attended, values = votes(case, layer, rows, together=together), numbers(case, "v", layer)
+
+        def worth(head: int, j: int) -> float:
+            weight = policy.question_weight if j >= question else 1.0
+            return attended[head][j] * norm(values[j][head]) ** policy.value_norm * weight
+
+        scores = per_head(case, worth)
+        for head, distances in zip(scores, outliers(case, layer, policy.ridge)):
+            level = policy.prior * mean([head[j] for j in case.visual])
+            usual = mean([distances[j] for j in case.visual])
+            for j in case.visual:
+                head[j] += level * distances[j] / max(usual, 1e-12)
+        return scores
+
+    return verdict(policy, case, score, quota=lambda layer: outliers(case, layer, policy.ridge))
 
 
 def column_sums(policy, case, layer: int) -> list[list[float]]:

@@ -206,9 +206,10 @@ OPTIONS = [
     ("aircache", dict(elite=0.0, modality_floors={})),
     ("aircache", dict(elite=0.5, modality_floors={})),
     ("aircache", dict(elite=1.0, modality_floors={}, max_rows=16)),
-    ("vlkv", dict(reduce="sum", question=0.3)),
-    ("vlkv", dict(quota=0.0, question=0.0)),
-    ("vlkv", dict(quota=1.0, ridge=0.5)),
+    ("vlkv", dict(reduce="sum", question_weight=1.0, value_norm=0.0)),
+    ("vlkv", dict(prior=0.0, question_weight=9.0)),
+    ("vlkv", dict(prior=2.0, ridge=0.5, voting="post_vision", value_norm=2.5)),
+    ("vlkv", dict(quota=0.4, prior=0.0)),
     ("infinipotv", dict(recent_frames=0.5, kernel_size=1, modality_floors={})),
     ("infinipotv", dict(recent_frames=1.0, quota=1.0, modality_floors={})),
     ("infinipotv", dict(recent_frames=0.1, quota=0.7, modality_floors={}, kernel_size=7)),
@@ -388,7 +389,9 @@ NO_PICTURE = {"text": 1.0, "system": 1.0, "audio": 1.0}
 DEFAULTS = {
     "none": dict(budget=1.0),
     "vlcache": dict(p=0.01, renormalise=True),
-    "vlkv": dict(floors_share=0.5, quota=0.4, reduce="max", question=1.0, ridge=0.01),
+    "vlkv": dict(
+        voting="last_turn", reduce="max", value_norm=1.0, question_weight=2.0, prior=0.15, ridge=0.01
+    ),
     "elastic": dict(
         recent_fraction=0.0, sink_tokens=1, merge="bucket_mean", decode="fixed_point", importance="prompt"
     ),
@@ -414,7 +417,7 @@ REFUSED = {
     "sink_tokens": ("at least 0", [-1]),
     "min_rows": ("at least 1", [0]),
     "max_rows": ("at least min_rows", [15]),
-    "voting": ("one of post_vision, last_turn", ["newest"]),
+    "voting": ("last_turn", ["newest"]),
     "min_prompt_tokens": ("at least 1 / budget", [0]),
     "modality_floors": ("in [0, 1]", [{"text": 1.5}, {"text": True}]),
     "floors_share": FRACTION,
@@ -428,7 +431,9 @@ REFUSED = {
     "p": ("in (0, 1)", [0.0, 1.0, NAN]),
     "renormalise": ("true or false", [1]),
     "reduce": ("one of max, sum", ["mean"]),
-    "question": FRACTION,
+    "value_norm": ("in [0, 4]", [-0.1, 4.1, NAN]),
+    "question_weight": ("finite and at least 1", [0.9, INF, NAN]),
+    "prior": ("finite and at least 0", [-0.1, INF, NAN]),
     "ridge": ("finite and at least 1e-6", [0, -1.0, 1e-7, INF, NAN]),
     "importance": ("one of prompt, mean, window", ["all"]),
     "window_size": ("at least 1", [0]),
@@ -517,6 +522,8 @@ def test_options_may_be_annotated_by_types_or_their_names(kind, good, bad):
         ("vlkv", "ridge", INF),
         ("vlkv", "ridge", 1e-6),
         ("vlkv", "ridge", 1e300),
+        ("vlkv", "prior", 1e300),
+        ("vlkv", "question_weight", 1e300),
         ("expected", "future", 65_536),
         ("expected", "future", 10**14),
         ("expected", "epsilon", INF),
