@@ -193,7 +193,8 @@ class Policy:
     """
 
     name: ClassVar[str]
-    needs_rope: ClassVar[bool] = False
+    needs_rope: ClassVar[bool] = False  # refused for models whose rotary embedding is unknown
+    can_draft: ClassVar[bool] = False  # its score hears drafted tokens
 
     budget: float = 0.1
     recent_fraction: float = 0.1
@@ -221,7 +222,8 @@ class Policy:
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         require(-1 <= self.merge_threshold <= 1, "merge_threshold", self.merge_threshold, "in [-1, 1]")
         require(self.sink_tokens >= 0, "sink_tokens", self.sink_tokens, "at least 0")
-        require(0 <= self.draft_tokens <= 256, "draft_tokens", self.draft_tokens, "in [0, 256]")
+        most = 256 if self.can_draft else 0
+        require(0 <= self.draft_tokens <= most, "draft_tokens", self.draft_tokens, f"in [0, {most}]")
         require(self.min_rows >= 1, "min_rows", self.min_rows, "at least 1")
         require(self.max_rows >= self.min_rows, "max_rows", self.max_rows, "at least min_rows")
         distance = self.fixed_point_distance
@@ -312,6 +314,11 @@ def require(ok: bool, option: str, value: object, allowed: str) -> None:
         raise ValueError(f"{option} is {value!r}; it must be {allowed}")
 
 
+def _annotation(kind: object) -> str:
+    """A type as it is written: ``int``, ``Sequence[int]``."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+
+
 def check_type(policy: str, option, value: object) -> None:
     """Raises ValueError unless ``value`` fits the dataclass field ``option``."""
     kinds = {
@@ -320,11 +327,13 @@ def check_type(policy: str, option, value: object) -> None:
         "bool": ((bool,), "true or false"),
         "str": ((str,), "a string"),
         "Sequence[int]": ((list, tuple), "a list of integers"),
+        "Mapping[str, float]": ((Mapping,), "an object of modality names to fractions"),
     }
-    kind = getattr(option.type, "__name__", option.type)  # a type, or its name
-    types, words = kinds.get(kind, ((Mapping,), "an object of modality names to fractions"))
-    fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-    require(fits, f"{policy} option {option.name}", value, words)
+    kind = option.type if isinstance(option.type, str) else _annotation(option.type)
+    if kind in kinds:  # others are the policy's own to check
+        types, words = kinds[kind]
+        fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        require(fits, f"{policy} option {option.name}", value, words)
     integers = {"int": [value], "Sequence[int]": value}.get(kind, [])
     for number in integers:
         fits = isinstance(number, int) and not isinstance(number, bool) and abs(number) < 2**31

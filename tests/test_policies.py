@@ -426,7 +426,7 @@ REFUSED = {
     "merge_threshold": ("in [-1, 1]", [-1.1, 1.1, NAN]),
     "decode": ("fixed_point", ["evict"]),
     "fixed_point_distance": ("at least 1", [0]),
-    "draft_tokens": ("in [0, 256]", [-1, 257]),
+    "draft_tokens": ("in [0, ", [-1, 257]),
     "compact_always": ("true or false", [0, "no"]),
     "p": ("in (0, 1)", [0.0, 1.0, NAN]),
     "renormalise": ("true or false", [1]),

@@ -146,7 +146,7 @@ def test_randomised_mixed_requests(name):
                 options = {
                     "merge": rng.choice(["none", "bucket_mean", "similar"]),
                     "decode": rng.choice(["append", "fixed_point"]),
-                    "draft_tokens": rng.choice([0, 0, 0, 4]),
+                    "draft_tokens": 4 * (policies()[policy].can_draft and rng.random() < 0.25),
                 }
                 custom = {"kv_policy": policy, "kv_budget": budget, "kv_policy_config": options}
             ending = {"ignore_eos": rng.random() < 0.5}

@@ -20,7 +20,8 @@ class InfiniPotV(Policy):
     Pictures have no frames and go by value norm alone.
 
     Deviation: applied once, after the prefill, instead of whenever a memory limit is met, so it
-    does not lower the prefill's peak. All text stays, inside the budget.
+    does not lower the prefill's peak. All text stays, inside the budget. Several videos count as
+    one.
 
     Attributes:
         recent_frames: fraction of a video's frames that the others are compared with; they

@@ -28,6 +28,7 @@ class PrefixKV(Policy):
     """
 
     name = "prefixkv"
+    can_draft = True
 
     def score(self, layer: Layer) -> LayerScores:
         scored = votes(layer)

@@ -14,7 +14,11 @@ from sglang_vlkv.policies.votes import votes
 class SnapKV(Policy):
     """The prompt's last tokens vote, their votes are smoothed over neighbours, and they all stay.
 
-    SnapKV (arXiv 2404.14469). It does not know an image from text: the window has a fixed size.
+    SnapKV (arXiv 2404.14469). It does not know an image from text: the window has a fixed size, and
+    where the budget is smaller than that, nothing but recent tokens stays.
+
+    Deviation: the smoothing runs over the whole prompt, its window included, and averages what is
+    there at the ends.
 
     Attributes:
         window_size: voting rows at the end of the prompt; kept whole, inside the budget.
@@ -22,6 +26,7 @@ class SnapKV(Policy):
     """
 
     name = "snapkv"
+    can_draft = True
 
     window_size: int = 32
     kernel_size: int = 5

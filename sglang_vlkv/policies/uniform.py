@@ -16,6 +16,7 @@ class Uniform(Policy):
     """
 
     name = "uniform"
+    can_draft = True
 
     def score(self, layer: Layer) -> LayerScores:
         return votes(layer)

@@ -29,6 +29,7 @@ class VLCache(Policy):
     """
 
     name = "vlcache"
+    can_draft = True
 
     p: float = 0.01
     renormalise: bool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +42,7 @@ class VLKV(Policy):
     """
 
     name = "vlkv"
+    can_draft = True
     needs_rope = True
 
     voting: str = choice("last_turn", "post_vision")
@@ -55,11 +55,10 @@ class VLKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.value_norm <= 4, "value_norm", self.value_norm, "in [0, 4]")
-        require(
-            1 <= self.question_weight < math.inf, "question_weight", self.question_weight, "finite and at least 1"
-        )
-        require(0 <= self.prior < math.inf, "prior", self.prior, "finite and at least 0")
-        require(1e-6 <= self.ridge < math.inf, "ridge", self.ridge, "finite and at least 1e-6")
+        weight = self.question_weight
+        require(1 <= weight <= 1e6, "question_weight", weight, "in [1, 1e6]")
+        require(0 <= self.prior <= 1e6, "prior", self.prior, "in [0, 1e6]")
+        require(1e-6 <= self.ridge <= 1e6, "ridge", self.ridge, "in [1e-6, 1e6]")
 
     def score(self, layer: Layer) -> LayerScores:
         attention = votes(layer, reduce=self.reduce)
