@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 PORT ?= 30000
+POLICY ?= vlkv
 BUDGET ?= 0.1
 READY := .venv/.ready
 
@@ -12,14 +13,18 @@ READY := .venv/.ready
 serve: $(READY)
 	TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 .venv/bin/python -m sglang.launch_server \
 	  --model-path examples/tinyvlm --dtype float32 --mem-fraction-static 0.3 \
-	  --max-total-tokens 65536 --port $(PORT) --kv-policy vlcache --kv-budget $(BUDGET)
+	  --max-total-tokens 65536 --port $(PORT) --kv-policy $(POLICY) --kv-budget $(BUDGET) \
+	  --kv-policy-config '{"allow_override": true}'
 
 test: $(READY)
 	.venv/bin/python -m pytest
 
 bench: $(READY)
 	.venv/bin/python -m benchmarks.decode_cpu
+	.venv/bin/python -m benchmarks.policies_cpu
 	.venv/bin/python -m benchmarks.capacity
+	.venv/bin/python -m pip install --quiet --editable '.[bench]'
+	.venv/bin/python -m benchmarks.fidelity
 
 install: $(READY)
 

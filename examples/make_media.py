@@ -1,4 +1,4 @@
-"""Draw the example media, ``shapes.png`` and ``clip.mp4``, next to this file.
+"""Draw the example media, ``digits.png`` and ``clip.mp4``, next to this file.
 
 The result is the same on every run. The clip needs PyAV (``pip install av==16.1.0``), which
 SGLang itself does not install on x86.
@@ -11,11 +11,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SHAPES_SIDE = 448  # pixels: 16x16 visual tokens of 28x28 pixels
+from sglang_vlkv.tinyvlm import tasks
+
 CLIP_SIDE = 224  # pixels
 CLIP_FRAMES = 16
 CLIP_FPS = 4
-COLOURS = ("crimson", "royalblue", "seagreen", "darkorange", "purple", "teal", "gold", "black", "hotpink")
+COLOURS = ("crimson", "royalblue", "seagreen", "darkorange")
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, kind: int, x: float, y: float, r: float, colour: str) -> None:
@@ -24,19 +25,6 @@ def draw_shape(draw: ImageDraw.ImageDraw, kind: int, x: float, y: float, r: floa
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     else:
         draw.regular_polygon((x, y, r), kind + 2, rotation=15 * kind, fill=colour)
-
-
-def shapes() -> Image.Image:
-    """A 3x3 grid of numbered shapes on a shaded ground."""
-    image = Image.linear_gradient("L").resize((SHAPES_SIDE, SHAPES_SIDE)).convert("RGB")
-    image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.6)
-    draw = ImageDraw.Draw(image)
-    cell = SHAPES_SIDE / 3
-    for i, colour in enumerate(COLOURS):
-        x, y = (i % 3 + 0.5) * cell, (i // 3 + 0.5) * cell
-        draw_shape(draw, i % 5, x, y, (0.26 + 0.02 * i) * cell, colour)
-        draw.text((x, y), str(i + 1), fill="white", font=ImageFont.load_default(40), anchor="mm")
-    return image
 
 
 def clip() -> list[Image.Image]:
@@ -75,7 +63,8 @@ def write_mp4(path: Path, frames: list[Image.Image], fps: int) -> None:
 
 def main() -> None:
     here = Path(__file__).parent
-    shapes().save(here / "shapes.png", optimize=True)
+    [picture] = tasks.draw("multi", seed=5).images
+    picture.save(here / "digits.png", optimize=True)
     write_mp4(here / "clip.mp4", clip(), CLIP_FPS)
 
 
