@@ -194,7 +194,8 @@ class Policy:
 
     name: ClassVar[str]
     needs_rope: ClassVar[bool] = False  # refused for models whose rotary embedding is unknown
-    can_draft: ClassVar[bool] = False  # its score hears drafted tokens
+    votes: ClassVar[bool] = True  # its score looks at queries
+    can_draft: ClassVar[bool] = False  # also at those of drafted tokens
 
     budget: float = 0.1
     recent_fraction: float = 0.1
@@ -217,7 +218,7 @@ class Policy:
         """Raises ValueError, naming the option, what it was and what it may be."""
         for option in fields(self):
             check_type(self.name, option, getattr(self, option.name))
-        require(0 < self.budget <= 1, "budget", self.budget, "in (0, 1]")
+        require(1e-9 < self.budget <= 1, "budget", self.budget, "in (0, 1]")
         for name in ("recent_fraction", "floors_share", "quota"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         require(-1 <= self.merge_threshold <= 1, "merge_threshold", self.merge_threshold, "in [-1, 1]")
@@ -225,7 +226,8 @@ class Policy:
         most = 256 if self.can_draft else 0
         require(0 <= self.draft_tokens <= most, "draft_tokens", self.draft_tokens, f"in [0, {most}]")
         require(self.min_rows >= 1, "min_rows", self.min_rows, "at least 1")
-        require(self.max_rows >= self.min_rows, "max_rows", self.max_rows, "at least min_rows")
+        in_range = self.min_rows <= self.max_rows <= 4096
+        require(in_range, "max_rows", self.max_rows, "at least min_rows and at most 4096")
         distance = self.fixed_point_distance
         require(distance >= 1, "fixed_point_distance", distance, "at least 1")
         require(
@@ -250,6 +252,8 @@ class Policy:
 
     def num_voting(self, prompt: Prompt) -> int:
         """R: how many of the last prompt positions vote."""
+        if not self.votes:
+            return 1  # the last position is computed in any case
         start = prompt.vision_end
         if self.voting == "last_turn":
             start = max(start, prompt.last_turn)
@@ -265,9 +269,14 @@ class Policy:
         return num_tokens(self.budget, num_prompt, num_layers)
 
     def max_slots(self, num_prompt: int, num_layers: int) -> int:
-        """Most pool slots that the kept rows take; a slot holds one row of every layer."""
+        """Most pool slots that the kept rows take; a slot holds one row of every layer.
+
+        Rows that slide take a slot for all layers, also where a layer has fewer of them.
+        """
         slots = -(-self.max_total(num_prompt, num_layers) // num_layers)
-        return slots + (self.fixed_point_distance if self.decode == "fixed_point" else 0)
+        if self.decode == "fixed_point":
+            slots = min(slots + self.fixed_point_distance, num_prompt)
+        return slots
 
     def num_sliding(self, num_kept: int) -> int:
         """Rows at the end of a layer that ``fixed_point`` evicts from, one for every output token."""
@@ -334,6 +343,8 @@ def check_type(policy: str, option, value: object) -> None:
         types, words = kinds[kind]
         fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         require(fits, f"{policy} option {option.name}", value, words)
+    if kind == "float" and isinstance(value, int):
+        require(abs(value) < 2**63, f"{policy} option {option.name}", value, "a number that a float holds")
     integers = {"int": [value], "Sequence[int]": value}.get(kind, [])
     for number in integers:
         fits = isinstance(number, int) and not isinstance(number, bool) and abs(number) < 2**31

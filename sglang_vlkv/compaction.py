@@ -209,7 +209,6 @@ class Compactor:
         state.cells, state.kept_slots, state.selection = cells, num_slots, item.selection
         state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
         state.scores = {}
-        pool.requests.drop_draft(state)
         return True
 
     def _retract(self, scheduler: Scheduler, batch: ScheduleBatch, reqs: list[Req]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -107,9 +108,8 @@ class Settings:
                 '--kv-policy-config \'{"allow_override": true}\'.'
             )
         name = asked.get("kv_policy", self.policy.name)
-        if "kv_policy" in asked:
-            words = f"one of {', '.join(self.choices)}"
-            require(name in self.choices, "custom_params.kv_policy", name, words)
+        words = f"one of {', '.join(self.choices)}"
+        require(name in self.choices, "custom_params.kv_policy", name, words)
         options = asked.get("kv_policy_config") or {}
         words = "an object of options"
         require(isinstance(options, dict), "custom_params.kv_policy_config", options, words)
@@ -132,7 +132,21 @@ class Settings:
         policy = _policy(name, inherited | options, "custom_params.kv_policy_config")
         in_range = self.min_budget <= policy.budget <= self.max_budget
         require(in_range, "custom_params.kv_budget", policy.budget, self._range)
+        words = "1 under kv_policy none; to keep less, name another kv_policy"
+        require(name != NONE or policy.budget == 1, "custom_params.kv_budget", policy.budget, words)
+        if self.max_budget < 1:
+            self._within_maximum(policy)
         return policy
+
+    def _within_maximum(self, policy: Policy) -> None:
+        """Raises ValueError where options let prompts keep more than ``max_budget`` after all."""
+        shortest = max(self.policy.min_prompt_tokens, math.ceil(1 / policy.budget))
+        least = policy.min_prompt_tokens
+        require(least <= shortest, "min_prompt_tokens", least, f"at most {shortest} on this server")
+        layers, prompt = 100, 100_000  # where rounding counts for nothing
+        most = policy.max_total(prompt, layers) / (layers * prompt)
+        words = f"such that at most {self.max_budget} of a prompt stays; these may keep {most:.3f}"
+        require(most <= self.max_budget + 1e-6, "custom_params.kv_policy_config", "", words)
 
     @property
     def _range(self) -> str:

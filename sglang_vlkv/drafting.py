@@ -26,13 +26,13 @@ class Draft(NamedTuple):
 
 def draft_of(custom_params: dict | None) -> Draft:
     custom = custom_params or {}
-    return Draft(custom.get(WRITES, ""), custom.get(READS, ""))
+    return Draft(*(str(custom.get(key, "")) for key in (WRITES, READS)))
 
 
 def generate(original, manager, obj, request=None):
     """Around ``TokenizerManager.generate_request``, an asynchronous generator."""
     settings = config.settings_of(manager.server_args)
-    if settings is None or not (settings.allow_override or settings.policy.draft_tokens):
+    if settings is None:
         return original(manager, obj, request)
     return _draft_first(original, manager, obj, request, settings)
 
@@ -45,32 +45,42 @@ async def _draft_first(original, manager, obj, request, settings):
     for custom in customs:
         if WRITES in custom or READS in custom:
             raise ValueError(f"custom_params.{WRITES} and {READS} are not for clients; leave them out")
-    pictured = getattr(obj, "image_data", None) or getattr(obj, "video_data", None)
-    lengths = [settings.for_request(custom).draft_tokens for custom in customs] if pictured else []
-    if not any(lengths):
+    length = max((_draft_tokens(settings, obj, *both) for both in zip(batch, customs)), default=0)
+    if not length:
         async for response in original(manager, obj, request):
             yield response
         return
     text, ids = getattr(obj, "text", None), getattr(obj, "input_ids", None)
-    single = isinstance(text, str) or (ids and isinstance(ids[0], int))
+    single = isinstance(text, str) or bool(ids and isinstance(ids[0], int))
     if len(batch) > 1 or not single or (batch[0].get("n") or 1) > 1:
         raise ValueError(
             "a policy with draft_tokens serves one prompt and one choice per request; send them one "
             "by one, with n = 1, or set draft_tokens to 0 in custom_params.kv_policy_config"
         )
-    name = uuid.uuid4().hex
+    name, custom = uuid.uuid4().hex, customs[0]
+    # One id for both, so that aborting the request aborts whichever of them runs.
+    obj.rid = obj.rid or name
     draft = copy.copy(obj)
-    draft.rid, draft.stream, draft.return_logprob = f"{obj.rid or name}-draft", False, False
-    # The first output token comes from the prefill, so one more is needed for that many queries.
-    length = lengths[0] + 1
+    draft.stream, draft.return_logprob = False, False
     draft.sampling_params = params | {
         "max_new_tokens": length, "min_new_tokens": 0, "temperature": 0.0, "n": 1,
-        "custom_params": customs[0] | {WRITES: name},
+        "custom_params": {key: value for key, value in custom.items() if key != "kv_report"} | {WRITES: name},
     }  # fmt: skip
     async for response in original(manager, draft, request):
         if (response["meta_info"].get("finish_reason") or {}).get("type") == "abort":
-            yield response
+            yield response | {"text": "", "output_ids": []}
             return
-    obj.sampling_params = params | {"custom_params": customs[0] | {READS: name}}
+    obj.sampling_params = params | {"custom_params": custom | {READS: name}}
     async for response in original(manager, obj, request):
         yield response
+
+
+def _draft_tokens(settings: config.Settings, obj, params: dict, custom: dict) -> int:
+    """Output tokens of the draft that goes before this request; 0 for none."""
+    if not (getattr(obj, "image_data", None) or getattr(obj, "video_data", None)):
+        return 0
+    wanted = settings.for_request(custom).draft_tokens
+    most = (params or {}).get("max_new_tokens") or 128  # SGLang's default
+    # The first output token comes from the prefill, so one more is needed for that many queries,
+    # and an answer of one token never looks at the rows that are kept.
+    return min(wanted + 1, most) if wanted and most > 1 else 0

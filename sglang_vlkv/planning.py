@@ -69,23 +69,28 @@ class Planner:
 
     def plan(self, req: Req) -> Plan:
         """Decides, before the prefill and from the request alone, what becomes of its prompt."""
-        prompt = self.read_prompt(req)
-        policy = self._settings.for_request(req.sampling_params.custom_params)
+        prompt, custom = self.read_prompt(req), req.sampling_params.custom_params
+        try:
+            policy, reason = self._settings.for_request(custom), ""
+        except ValueError as error:  # the frontend has refused these, unless somebody went past it
+            policy, reason = self._settings.policy, str(error)
         n = prompt.num_tokens
         max_slots = policy.max_slots(n, self._num_layers)
-        reason = ""
-        if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
+        keeps_all = policy.max_total(n, self._num_layers) >= n * self._num_layers
+        if reason:
+            pass
+        elif not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
             reason = "no image or video"
         elif not prompt.num_visual:
             reason = "its images or videos stand nowhere in the prompt"
         elif n < policy.min_prompt_tokens:
             reason = f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
-        elif max_slots >= n and not policy.compact_always:
+        elif keeps_all and not policy.compact_always:
             reason = "the budget keeps every row"
         elif policy.needs_rope and not self._has_rope:
             reason = f"{policy.name} needs a rotary position embedding, and the model has none"
         elif req.beam_group is not None:
             reason = "beam search"
         rows = 0 if reason else policy.num_voting(prompt)
-        return Plan(prompt, policy, reason, rows, max_slots, *draft_of(req.sampling_params.custom_params))
+        return Plan(prompt, policy, reason, rows, max_slots, *draft_of(custom))
 

@@ -80,6 +80,8 @@ class ExactRadixCache(UnifiedRadixCache):
             req.skip_radix_cache_insert = state.skips_insert
             state.last_slots = req.kv.kv_allocated_len - req.kv.cache_protected_len
         self.requests.release_row(state)
+        if req.finished():  # else it is prefilled again
+            self.requests.drop_draft(state)
 
 
 def create(ctx: TreeCacheBuildContext) -> ExactRadixCache:

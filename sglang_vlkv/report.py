@@ -25,8 +25,8 @@ def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
     """The report of a request that ended, as JSON values.
 
     Returns:
-        ``policy`` is "none" with a ``reason`` where the prompt was left alone. Byte counts are
-        what the pool's slots hold on this rank, per-layer lists run over all layers.
+        ``policy`` is "none" with a ``reason`` where the prompt was left alone. Byte counts and
+        ``kept_per_modality`` are this rank's, per-layer lists run over all layers.
     """
     prompt, pool = state.plan.prompt, tree.pool
     report = {
@@ -45,7 +45,7 @@ def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
         "policy": policy.name,
         "budget": policy.budget,
         "config": repr(policy),
-        "voting_rows": state.plan.num_voting,
+        "voting_rows": state.plan.num_computed if policy.votes else 0,
         "draft_rows": state.draft_rows,
         "sparsity_per_layer": selection.sparsity,
         "kept_per_layer": selection.num_kept,
@@ -83,8 +83,8 @@ class ReportStore:
 
     Args:
         max_age: seconds that a report is kept.
-        max_reports: most reports kept; the oldest go first. Every thousand positions in a report
-            count as one more.
+        max_reports: most reports kept; the oldest go first. Every thousand positions in a report,
+            or 8 KB of options, count as one more.
     """
 
     def __init__(self, max_age: float = 600.0, max_reports: int = 10_000) -> None:
@@ -94,7 +94,8 @@ class ReportStore:
 
     def put(self, response_id: str, report: dict) -> None:
         self._drop(response_id)
-        weight = 1 + sum(len(head) for layer in report.get(POSITIONS, ()) for head in layer) // 1000
+        numbers = sum(len(head) for layer in report.get(POSITIONS, ()) for head in layer)
+        weight = 1 + (numbers + len(report.get("config", "")) // 8) // 1000
         self._reports[response_id] = (time.monotonic(), weight, report)
         self._weight += weight
         self._expire()

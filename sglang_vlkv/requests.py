@@ -17,7 +17,7 @@ import torch
 from sglang_vlkv.base import LayerScores, Policy, Prompt, Selection
 
 
-MAX_DRAFTS = 256  # left by drafts whose requests never came
+MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
 @dataclass(frozen=True)
@@ -134,21 +134,24 @@ class Requests:
         if self._by_row.get(state.row) is state:
             del self._by_row[state.row]
         if state.drafted:
-            self._drafts[state.plan.writes_draft] = {
-                layer: torch.cat(queries)[: state.plan.policy.draft_tokens]
-                for layer, queries in state.drafted.items()
-            }
-            while len(self._drafts) > MAX_DRAFTS:
-                self._drafts.popitem(last=False)
+            self._leave_draft(state)
         state.row, state.cells = None, None
         state.queries, state.seen, state.drafted, state.scores = {}, {}, {}, {}
+
+    def _leave_draft(self, state: RequestState) -> None:
+        rows = state.plan.policy.draft_tokens
+        self._drafts[state.plan.writes_draft] = {
+            layer: torch.cat(queries[:rows]) for layer, queries in state.drafted.items()
+        }
+        while sum(q.nbytes for draft in self._drafts.values() for q in draft.values()) > MAX_DRAFT_BYTES:
+            self._drafts.popitem(last=False)
 
     def draft_for(self, state: RequestState, layer: int) -> torch.Tensor | None:
         """Queries ``[T, Hq, D]`` that a draft has left for ``state``; None where there are none."""
         return self._drafts.get(state.plan.reads_draft, {}).get(layer)
 
     def drop_draft(self, state: RequestState) -> None:
-        """``state`` has used its draft, and nobody else will."""
+        """``state`` has ended, and nobody else reads its draft."""
         self._drafts.pop(state.plan.reads_draft, None)
 
     def holders(self) -> Iterator[RequestState]:

@@ -176,6 +176,18 @@ def _server_refusals(cfg) -> list[Refusal]:
             "Drop --enable-return-routed-experts and --enable-return-indexer-topk",
         ),
         Refusal(
+            bool(cfg.strip_thinking_cache),
+            "--strip-thinking-cache",
+            "it gives back a finished request's output by position, and compacted rows lie elsewhere",
+            "Drop --strip-thinking-cache",
+        ),
+        Refusal(
+            bool(cfg.smg_grpc_mode or cfg.grpc_mode),
+            "--grpc-mode or --smg-grpc-mode",
+            "its requests go past the process that checks what they ask for",
+            "Serve over HTTP",
+        ),
+        Refusal(
             bool(cfg.enable_pdmux),
             "--enable-pdmux",
             "prefill and decode would run at the same time on one request's rows",

@@ -242,3 +242,34 @@ def test_a_configuration_file_is_read_once(tmp_path):
     before = settings_of(args)
     file.unlink()
     assert settings_of(args) is before and before.policy.p == 0.05
+
+
+def test_a_budget_alone_says_nothing_on_a_server_without_a_policy():
+    with pytest.raises(ValueError, match="kv_budget is 0.2; it must be 1 under kv_policy none"):
+        asks({"kv_budget": 0.2}, kv_policy="none")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"min_prompt_tokens": 100_000},  # too short to be compacted, whatever it is
+        {"renormalise": False, "budget": 0.5},  # spends up to a hundredth more
+    ],
+)
+def test_options_do_not_lead_past_the_maximum(config):
+    with pytest.raises(ValueError, match="at most 256|at most 0.5 of a prompt"):
+        asks({"kv_policy": "vlcache", "kv_policy_config": config}, max_budget=0.5)
+    assert asks({"kv_policy": "vlcache", "kv_policy_config": config}).name == "vlcache"
+
+
+def test_a_list_of_policies_is_a_list_for_the_servers_own_too():
+    with pytest.raises(ValueError, match="kv_policy is 'vlcache'; it must be one of snapkv"):
+        asks({"kv_policy_config": {"p": 0.5}}, allow_override=["snapkv"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": 10**400}, {"budget": 5e-324}, {"p": -(10**400)}, {"max_rows": 5000}]
+)
+def test_numbers_beyond_all_bounds_are_refused(options):
+    message = refusal(kv_policy_config=options)
+    assert next(iter(options)) in message

@@ -97,13 +97,17 @@ BAD = [
     ({"kv_budget": "a tenth"}, ["custom_params.kv_budget", "'a tenth'", "[0.01, 1.0]"]),
     ({"kv_budget": 2}, ["custom_params.kv_budget", "2", "[0.01, 1.0]"]),
     ({"kv_budget": True}, ["custom_params.kv_budget", "True"]),
+    ({"kv_budget": 0.1}, ["custom_params.kv_budget", "0.1", "kv_policy none"]),
     ({"kv_policy": "h2o", "kv_budget": 0.001}, ["custom_params.kv_budget", "0.001", "[0.01, 1.0]"]),
     ({"kv_policy": "h2o", "kv_policy_config": {"ratio": 1}}, ["kv_policy_config", "ratio", "h2o", "budget"]),
     ({"kv_policy": "h2o", "kv_policy_config": {"importance": "sum"}}, ["importance", "'sum'", "window"]),
     ({"kv_policy_config": [1]}, ["custom_params.kv_policy_config", "an object"]),
     ({"kv_policy_config": {"allow_override": False}}, ["allow_override"]),
     ({"kv_budgets": 0.1}, ["custom_params.kv_budgets", "kv_budget", "kv_policy_config", "kv_report"]),
+    ({"kv_policy": "expected", "kv_policy_config": {"epsilon": 10**400}}, ["epsilon", "a number"]),
+    ({"kv_policy": "none", "kv_budget": 0.5}, ["custom_params.kv_budget", "0.5", "name another"]),
     ({"_vlkv_reads_draft": "x"}, ["_vlkv_reads_draft", "not for clients"]),
+    ({"_vlkv_writes_draft": [1]}, ["_vlkv_writes_draft", "not for clients"]),
 ]
 
 
@@ -131,6 +135,9 @@ def test_a_server_that_allows_no_choice_says_so(vlcache):
     assert refused.status_code == 400
     message = refused.json()["error"]["message"]
     assert all(word in message for word in ["custom_params.kv_budget", "vlcache", "allow_override"])
+    for private in ({"_vlkv_reads_draft": []}, {"_vlkv_writes_draft": "mine"}):
+        refused = vlcache.post("/generate", PICTURES[0].body(4, custom=private))
+        assert refused.status_code == 400 and "not for clients" in refused.json()["error"]["message"]
     assert requests.get(vlcache.url + "/health", timeout=10).status_code == 200
 
 

@@ -22,8 +22,8 @@ class AirCache(Policy):
     All text stays, as the paper compresses visual tokens only.
 
     Deviation: the paper's code is not public; elite rows are those that receive at least ``elite``
-    times the most that any voting row receives from the last token, mean over heads. The text
-    counts into the budget.
+    times the most that any voting row receives from the last token, over the heads of a rank. The
+    text counts into the budget.
 
     Attributes:
         elite: in [0, 1]. 0 lets every voting row vote; higher listens to fewer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_vlkv.base import Layer, LayerScores, choice
-from sglang_vlkv.policies.h2o import ColumnSums, shared_by_heads
+from sglang_vlkv.policies.h2o import ColumnSums
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,6 @@ class Elastic(ColumnSums):
     decode: str = choice("fixed_point", "append")
 
     def score(self, layer: Layer) -> LayerScores:
-        sums = self.column_sums(layer)
-        return sums._replace(scores=shared_by_heads(sums.scores))
+        sums = super().score(layer)
+        shared = sums.scores.mean(0, keepdim=True).expand_as(sums.scores)
+        return sums._replace(scores=shared)

@@ -23,6 +23,7 @@ class Given(Policy):
     """
 
     name = "given"
+    votes = False
 
     recent_fraction: float = 0.0
     modality_floors: Mapping[str, float] = field(
@@ -35,6 +36,7 @@ class Given(Policy):
         super().__post_init__()
         least = min(self.visual, default=0)
         require(least >= 0, "visual", list(self.visual), "numbers from 0")
+        require(len(self.visual) <= 100_000, "visual", len(self.visual), "at most 100,000 numbers")
 
     def _named(self, prompt: Prompt) -> torch.Tensor:
         """Positions of the named tokens, ``[n]`` bool."""

@@ -37,7 +37,7 @@ class ColumnSums(Policy):
         entries = seen.entries + chunk.entries
         return LayerScores(grown + chunk.scores, seen.zeros + chunk.zeros, entries)
 
-    def column_sums(self, layer: Layer) -> LayerScores:
+    def score(self, layer: Layer) -> LayerScores:
         if not self.observes:
             return post_vision_scores(layer.q, layer.k, layer.scale)
         sums: LayerScores = layer.seen
@@ -58,11 +58,3 @@ class H2O(ColumnSums):
     name = "h2o"
 
     recent_fraction: float = 0.5
-
-    def score(self, layer: Layer) -> LayerScores:
-        return self.column_sums(layer)
-
-
-def shared_by_heads(scores: torch.Tensor) -> torch.Tensor:
-    """The mean over the heads, for all of them: ``[H, n]`` to ``[H, n]``."""
-    return scores.mean(0, keepdim=True).expand_as(scores)

@@ -30,6 +30,7 @@ class InfiniPotV(Policy):
     """
 
     name = "infinipotv"
+    votes = False
 
     modality_floors: Mapping[str, float] = field(
         default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}

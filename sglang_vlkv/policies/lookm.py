@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Mapping
 
-from sglang_vlkv.base import Layer, LayerScores, choice
+from sglang_vlkv.base import choice
 from sglang_vlkv.policies.h2o import ColumnSums
 
 
@@ -24,6 +24,3 @@ class LookM(ColumnSums):
         default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}
     )
     merge: str = choice("similar", "none", "bucket_mean")
-
-    def score(self, layer: Layer) -> LayerScores:
-        return self.column_sums(layer)

@@ -14,6 +14,7 @@ class KeepAll(Policy):
     """Keeps every row: what a request asks for to be left alone where the server has a policy."""
 
     name = "none"
+    votes = False
 
     budget: float = 1.0
 

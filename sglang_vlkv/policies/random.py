@@ -18,6 +18,7 @@ class Random(Policy):
     """
 
     name = "random"
+    votes = False
 
     seed: int = 0
 

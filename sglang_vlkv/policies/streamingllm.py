@@ -17,6 +17,7 @@ class StreamingLLM(Policy):
     """
 
     name = "streamingllm"
+    votes = False
 
     sink_tokens: int = 4
 
