@@ -27,7 +27,7 @@ QUICK = {
     "out": common.ROOT / "build" / "fidelity_quick",
 }
 DEFAULT = {
-    "checkpoints": ["a", "b", "d", "c"],
+    "checkpoints": ["a", "b", "e", "d", "c"],
     "rows": [*ROWS, FILLED, *REFERENCES],
     "budgets": None,
     "tasks": None,
@@ -39,7 +39,7 @@ DEFAULT = {
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.fidelity", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rows and questions; a smoke test")
-    parser.add_argument("--checkpoints", nargs="+", metavar="NAME-OR-DIR", help="default: a b d c")
+    parser.add_argument("--checkpoints", nargs="+", metavar="NAME-OR-DIR", help="default: a b e d c")
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", choices=[FULL, *DEFAULT["rows"]], help="default: all"
     )
