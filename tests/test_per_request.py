@@ -104,7 +104,6 @@ BAD = [
     ({"kv_policy_config": [1]}, ["custom_params.kv_policy_config", "an object"]),
     ({"kv_policy_config": {"allow_override": False}}, ["allow_override"]),
     ({"kv_budgets": 0.1}, ["custom_params.kv_budgets", "kv_budget", "kv_policy_config", "kv_report"]),
-    ({"kv_policy": "expected", "kv_policy_config": {"epsilon": 10**400}}, ["epsilon", "a number"]),
     ({"kv_policy": "none", "kv_budget": 0.5}, ["custom_params.kv_budget", "0.5", "name another"]),
     ({"_vlkv_reads_draft": "x"}, ["_vlkv_reads_draft", "not for clients"]),
     ({"_vlkv_writes_draft": [1]}, ["_vlkv_writes_draft", "not for clients"]),
