@@ -122,6 +122,9 @@ USES = {
         "TorchNativeAttnBackend.forward_extend": "self q k v layer forward_batch save_kv_cache",
         "TorchNativeAttnBackend.forward_decode": "self q k v layer forward_batch save_kv_cache",
     },
+    "sglang.srt.layers.rotary_embedding.base": {
+        "RotaryEmbedding.__init__": "self head_size rotary_dim is_neox_style",
+    },
     "sglang.srt.mem_cache.memory_pool": {
         "MHATokenToKVPool._create_buffers_normal": "self",
         "MHATokenToKVPool._kv_buffer_shapes": "self",

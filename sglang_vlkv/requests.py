@@ -16,7 +16,6 @@ import torch
 
 from sglang_vlkv.base import LayerScores, Policy, Prompt, Selection
 
-
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
