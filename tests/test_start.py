@@ -108,7 +108,7 @@ def test_what_can_be_served_is_accepted(tmp_path):
 def test_help_and_unknown_policy():
     command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server"]
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
-    for flag in ("--kv-policy {none,vlcache}", "--kv-budget", "--kv-policy-config"):
+    for flag in ("--kv-policy {none,vlcache,vlkv,", "--kv-budget", "--kv-policy-config"):
         assert flag in helped.stdout
     unknown = subprocess.run(
         [*command, "--model-path", str(CHECKPOINT), "--kv-policy", "vlcash"],
