@@ -107,9 +107,10 @@ class Compactor:
             for layer in range(num_layers):
                 scores = state.scores[layer]
                 counted.append(torch.tensor([scores.zeros, scores.entries]))
-                counted.append(torch.empty(0) if scores.profile is None else scores.profile.cpu())
+                none = torch.empty(0, dtype=torch.int64)  # a float here would round all counts
+                counted.append(none if scores.profile is None else scores.profile.cpu())
         sizes = [len(numbers) for numbers in counted]
-        totals = iter(self._sum_over_ranks(torch.cat(counted).long()).split(sizes))
+        totals = iter(self._sum_over_ranks(torch.cat(counted)).split(sizes))
         selections = []
         for _, state in fresh:
             sums = [(next(totals).tolist(), next(totals)) for _ in range(num_layers)]
