@@ -23,7 +23,7 @@ from statistics import median
 import torch
 
 from benchmarks import common, narrow
-from benchmarks.common import ROOT, Row, Streamed
+from benchmarks.common import Row, Streamed
 from sglang_vlkv.base import Layer, Modality, Prompt
 from sglang_vlkv.config import build_policy
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
@@ -148,12 +148,11 @@ def run(prompts: dict, rounds: int, max_new_tokens: int, dtype: str) -> dict:
     answers = {prompt: {name: [] for name in ROWS} for prompt in prompts}
     with tempfile.TemporaryDirectory(prefix="decode-cpu-") as checkpoint:
         build(Path(checkpoint), **SHAPE, write_weights=False)
-        narrow.install(Path(checkpoint))
+        narrow_env = narrow.install(Path(checkpoint))
         for seed in range(rounds):
             for name, row in ROWS.items():
                 common.note(f"round {seed + 1} of {rounds}: {name}")
-                env = {"PYTHONPATH": f"{checkpoint}:{ROOT}"} | row.env
-                with common.serve(row._replace(env=env), *flags, model=checkpoint, gib=8) as server:
+                with common.serve(row._replace(env=narrow_env | row.env), *flags, model=checkpoint, gib=8) as server:
                     record["rows"][name]["policy"] = common.policy_of(server)
                     for prompt, answer in ask(server, prompts, max_new_tokens, seed).items():
                         answers[prompt][name].append(answer)

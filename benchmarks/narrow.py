@@ -22,8 +22,9 @@ def register() -> None:
     )
 
 
-def install(folder: Path) -> None:
-    """Makes the plugin known to every process that has ``folder`` on its ``PYTHONPATH``."""
-    from tests.serving import install_entry_point  # not in SGLang's processes
+def install(folder: Path) -> dict[str, str]:
+    """Writes the plugin's entry point into ``folder``; the environment in which SGLang finds it."""
+    from tests.serving import ROOT, install_entry_point  # not in SGLang's processes
 
     install_entry_point(folder, "sglang.srt.plugins", NAME, "benchmarks.narrow:register")
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}

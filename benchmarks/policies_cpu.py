@@ -14,24 +14,23 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common, narrow
-from benchmarks.common import ROOT, Row
-from benchmarks.decode_cpu import QUESTION, SHAPE
+from benchmarks.common import Row
+from benchmarks.decode_cpu import QUESTION, ROWS, SHAPE, STOCK
 from sglang_vlkv.policies import policies
 from sglang_vlkv.tinyvlm.build import build
 from tests.serving import Server
 
-STOCK, FULL = "stock", "none"
+FULL = "none"
 CHOICES: dict[str, dict] = {name: {"kv_policy": name} for name in policies() if name != "given"} | {
     "vlcache, bucket_mean": {"kv_policy": "vlcache", "kv_policy_config": {"merge": "bucket_mean"}},
     "vlcache, similar": {"kv_policy": "vlcache", "kv_policy_config": {"merge": "similar"}},
     "elastic, append": {"kv_policy": "elastic", "kv_policy_config": {"decode": "append"}},
     "elastic, window": {"kv_policy": "elastic", "kv_policy_config": {"importance": "window"}},
-    "vlkv, no quota": {"kv_policy": "vlkv", "kv_policy_config": {"quota": 0.0}},
     "vlkv, draft 8": {"kv_policy": "vlkv", "kv_policy_config": {"draft_tokens": 8}},
     "vlkv, draft 16": {"kv_policy": "vlkv", "kv_policy_config": {"draft_tokens": 16}},
 }
 SERVERS = {
-    STOCK: Row(env={"SGLANG_PLUGINS": f"vlkv_cpu,{narrow.NAME}"}),
+    STOCK: ROWS[STOCK],
     "ours": Row(("--kv-policy", "none", "--kv-policy-config", '{"allow_override": true}')),
 }
 PROMPTS = {"0.3K": (1, 256), "2K": (2, 1024)}  # pictures, visual tokens of each
@@ -69,11 +68,10 @@ def run(rounds: int, num_tokens: int) -> dict:
     results = record["results"] = {prompt: {} for prompt in PROMPTS}
     with tempfile.TemporaryDirectory(prefix="policies-cpu-") as checkpoint:
         build(Path(checkpoint), **SHAPE, write_weights=False)
-        narrow.install(Path(checkpoint))
+        narrow_env = narrow.install(Path(checkpoint))
         for name, row in SERVERS.items():
-            env = {"PYTHONPATH": f"{checkpoint}:{ROOT}"} | row.env
             choices = {STOCK: {}} if name == STOCK else CHOICES
-            with common.serve(row._replace(env=env), *flags, model=checkpoint, gib=8) as server:
+            with common.serve(row._replace(env=narrow_env | row.env), *flags, model=checkpoint, gib=8) as server:
                 record["rows"][name]["policy"] = common.policy_of(server)
                 ask(server, {}, (1, 256), 8, seed=10**6)  # warm
                 for prompt, pictures in PROMPTS.items():

@@ -56,7 +56,7 @@ class Prompt:
     def num_tokens(self) -> int:
         return self.tags.numel()
 
-    @property
+    @cached_property
     def visual(self) -> torch.Tensor:
         """Which positions hold a visual token, ``[n]`` bool."""
         return torch.isin(self.tags, torch.tensor(VISUAL, dtype=self.tags.dtype))
@@ -65,7 +65,7 @@ class Prompt:
     def num_visual(self) -> int:
         return int(self.visual.sum())
 
-    @property
+    @cached_property
     def vision_end(self) -> int:
         """Position after the last visual token; 0 without one."""
         visual = self.visual.nonzero()
@@ -156,6 +156,11 @@ def choice(default: str, *others: str):
     return field(default=default, metadata={"choices": (default, *others)})
 
 
+def text_stays():
+    """A ``modality_floors`` field that keeps all that is not part of a picture or video."""
+    return field(default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0})
+
+
 @dataclass(frozen=True)
 class Policy:
     """Which KV rows of a prompt stay after its prefill. Subclasses are stateless, one file each.
@@ -239,8 +244,8 @@ class Policy:
         names = [m.name.lower() for m in Modality if m is not Modality.MERGED]
         for name, fraction in self.modality_floors.items():
             require(name in names, "modality_floors", name, f"one of {', '.join(names)}")
-            is_number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
-            require(is_number and 0 <= fraction <= 1, f"modality_floors[{name}]", fraction, "in [0, 1]")
+            fits = is_number(fraction) and 0 <= fraction <= 1
+            require(fits, f"modality_floors[{name}]", fraction, "in [0, 1]")
 
     @property
     def observes(self) -> bool:
@@ -321,6 +326,11 @@ def require(ok: bool, option: str, value: object, allowed: str) -> None:
     """Raises ValueError naming ``option``, what it is and what it must be, unless ``ok``."""
     if not ok:
         raise ValueError(f"{option} is {value!r}; it must be {allowed}")
+
+
+def is_number(value: object) -> bool:
+    """A boolean is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _annotation(kind: object) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
-from sglang_vlkv.base import Policy, require
+from sglang_vlkv.base import Policy, is_number, require
 from sglang_vlkv.policies import policies
 
 NONE = "none"
@@ -67,8 +67,7 @@ class Settings:
         require(isinstance(allowed, bool) or listed, "allow_override", allowed, words)
         for name in ("min_budget", "max_budget"):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(is_number and 0 < value <= 1, name, value, "a number in (0, 1]")
+            require(is_number(value) and 0 < value <= 1, name, value, "a number in (0, 1]")
         bounds = self.min_budget, self.max_budget
         require(bounds[0] <= bounds[1], "min_budget", bounds[0], "at most max_budget")
         if allowed and self.policy.name != NONE:
@@ -115,15 +114,11 @@ class Settings:
         require(isinstance(options, dict), "custom_params.kv_policy_config", options, words)
         budget = asked.get("kv_budget")
         if budget is not None:
-            is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-            in_range = is_number and self.min_budget <= budget <= self.max_budget
+            in_range = is_number(budget) and self.min_budget <= budget <= self.max_budget
             require(in_range, "custom_params.kv_budget", budget, f"a number {self._range}")
-            if options.get("budget", budget) != budget:
-                raise ValueError(
-                    f"custom_params.kv_budget {budget} contradicts budget {options['budget']} in "
-                    "custom_params.kv_policy_config; give one of them"
-                )
-            options = options | {"budget": budget}
+            options = _with_budget(
+                options, budget, "custom_params.kv_budget", "custom_params.kv_policy_config"
+            )
         inherited = {}
         if name == self.policy.name:
             inherited = self.options
@@ -176,17 +171,21 @@ def build_settings(
     if name == NONE and not limits.get("allow_override"):
         return None
     if kv_budget is not None and name != NONE:
-        if options.get("budget", kv_budget) != kv_budget:
-            raise ValueError(
-                f"--kv-budget {kv_budget} contradicts budget {options['budget']} "
-                "in --kv-policy-config; give one of them"
-            )
-        options["budget"] = kv_budget
+        options = _with_budget(options, kv_budget, "--kv-budget", "--kv-policy-config")
     policy = _policy(name, options, "--kv-policy-config")
     try:
         return Settings(policy, options, **limits)
     except ValueError as error:
         raise ValueError(f"--kv-policy-config: {error}") from None
+
+
+def _with_budget(options: dict, budget: float, flag: str, source: str) -> dict:
+    """``options``, which came from ``source``, with the ``budget`` that ``flag`` gave."""
+    if options.get("budget", budget) != budget:
+        raise ValueError(
+            f"{flag} {budget} contradicts budget {options['budget']} in {source}; give one of them"
+        )
+    return options | {"budget": budget}
 
 
 def build_policy(

@@ -6,7 +6,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.multimodal.modality import Modality as SglangModality
 
-from sglang_vlkv.base import VISUAL, Modality, Prompt
+from sglang_vlkv.base import VISUAL, Modality, Policy, Prompt
 from sglang_vlkv.config import Settings
 from sglang_vlkv.drafting import draft_of
 from sglang_vlkv.requests import Plan
@@ -74,23 +74,26 @@ class Planner:
             policy, reason = self._settings.for_request(custom), ""
         except ValueError as error:  # the frontend has refused these, unless somebody went past it
             policy, reason = self._settings.policy, str(error)
-        n = prompt.num_tokens
-        max_slots = policy.max_slots(n, self._num_layers)
-        keeps_all = policy.max_total(n, self._num_layers) >= n * self._num_layers
-        if reason:
-            pass
-        elif not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
-            reason = "no image or video"
-        elif not prompt.num_visual:
-            reason = "its images or videos stand nowhere in the prompt"
-        elif n < policy.min_prompt_tokens:
-            reason = f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
-        elif keeps_all and not policy.compact_always:
-            reason = "the budget keeps every row"
-        elif policy.needs_rope and not self._has_rope:
-            reason = f"{policy.name} needs a rotary position embedding, and the model has none"
-        elif req.beam_group is not None:
-            reason = "beam search"
+        reason = reason or self._why_left_alone(req, prompt, policy)
         rows = 0 if reason else policy.num_voting(prompt)
+        max_slots = policy.max_slots(prompt.num_tokens, self._num_layers)
         return Plan(prompt, policy, reason, rows, max_slots, *draft_of(custom))
+
+    def _why_left_alone(self, req: Req, prompt: Prompt, policy: Policy) -> str:
+        """Empty where the prompt is compacted."""
+        n = prompt.num_tokens
+        if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
+            return "no image or video"
+        if not prompt.num_visual:
+            return "its images or videos stand nowhere in the prompt"
+        if n < policy.min_prompt_tokens:
+            return f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
+        keeps_all = policy.max_total(n, self._num_layers) >= n * self._num_layers
+        if keeps_all and not policy.compact_always:
+            return "the budget keeps every row"
+        if policy.needs_rope and not self._has_rope:
+            return f"{policy.name} needs a rotary position embedding, and the model has none"
+        if req.beam_group is not None:
+            return "beam search"
+        return ""
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.equality import largest_deviation
 from tests.prompts import draw_prompt
 from tests.serving import ROOT, Server, install_entry_point
 
 POOL = ("--max-total-tokens", "24000")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small shapes: threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

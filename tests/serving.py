@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import os
 import signal
 import socket
@@ -19,6 +17,7 @@ import requests
 from PIL import Image
 
 from sglang_vlkv.tinyvlm import build
+from sglang_vlkv.tinyvlm.ask import data_url
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED = ROOT / "examples" / "tinyvlm"
@@ -201,12 +200,6 @@ def install_entry_point(folder: Path, group: str, name: str, value: str) -> None
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
     (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
-
-
-def data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def output_ids(answer: dict) -> list[int]:

@@ -29,13 +29,7 @@ T, P, V, A, S = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.AUDIO, M
 THREE_AXES = tuple(lane % 3 for lane in range(16))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small shapes: threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layout(spans: list[tuple]) -> tuple[list[Modality], list[tuple[int, int, int]]]:

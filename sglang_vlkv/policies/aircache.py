@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Mapping
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, require
+from sglang_vlkv.base import Layer, LayerScores, Policy, require, text_stays
 from sglang_vlkv.budgets import proportional
 from sglang_vlkv.kernels.post_vision import post_vision_scores
 from sglang_vlkv.policies.prefixkv import importance_profile
@@ -31,9 +31,7 @@ class AirCache(Policy):
 
     name = "aircache"
 
-    modality_floors: Mapping[str, float] = field(
-        default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}
-    )
+    modality_floors: Mapping[str, float] = text_stays()
     elite: float = 0.9
 
     def __post_init__(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Iterator, Mapping, Sequence
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, require
+from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, require, text_stays
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,7 @@ class Given(Policy):
     votes = False
 
     recent_fraction: float = 0.0
-    modality_floors: Mapping[str, float] = field(
-        default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}
-    )
+    modality_floors: Mapping[str, float] = text_stays()
     visual: Sequence[int] = ()
     keep: bool = True
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Mapping
 
 import torch
-from torch.nn.functional import avg_pool1d, normalize
+from torch.nn.functional import normalize
 
-from sglang_vlkv.base import Layer, LayerScores, Modality, Policy, require
+from sglang_vlkv.base import Layer, LayerScores, Modality, Policy, require, text_stays
+from sglang_vlkv.policies.snapkv import check_kernel_size, smoothed
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class InfiniPotV(Policy):
     name = "infinipotv"
     votes = False
 
-    modality_floors: Mapping[str, float] = field(
-        default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}
-    )
+    modality_floors: Mapping[str, float] = text_stays()
     quota: float = 0.5
     recent_frames: float = 0.25
     kernel_size: int = 3
@@ -42,13 +41,11 @@ class InfiniPotV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.recent_frames <= 1, "recent_frames", self.recent_frames, "in (0, 1]")
-        odd = 1 <= self.kernel_size < 100 and self.kernel_size % 2 == 1
-        require(odd, "kernel_size", self.kernel_size, "odd, from 1 to 99")
+        check_kernel_size(self.kernel_size)
 
     def score(self, layer: Layer) -> LayerScores:
         norms = layer.v.float().norm(dim=-1).T
-        around = self.kernel_size // 2
-        smooth = avg_pool1d(norms, self.kernel_size, 1, around, count_include_pad=False)
+        smooth = smoothed(norms, self.kernel_size)
         return LayerScores(smooth, quota_scores=self._temporal_difference(layer))
 
     def _temporal_difference(self, layer: Layer) -> torch.Tensor | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Mapping
 
-from sglang_vlkv.base import choice
+from sglang_vlkv.base import choice, text_stays
 from sglang_vlkv.policies.h2o import ColumnSums
 
 
@@ -20,7 +20,5 @@ class LookM(ColumnSums):
 
     name = "lookm"
 
-    modality_floors: Mapping[str, float] = field(
-        default_factory=lambda: {"text": 1.0, "system": 1.0, "audio": 1.0}
-    )
+    modality_floors: Mapping[str, float] = text_stays()
     merge: str = choice("similar", "none", "bucket_mean")

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.nn.functional import avg_pool1d
 
 from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, require
 from sglang_vlkv.policies.votes import votes
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Raises ValueError unless :func:`smoothed` takes it."""
+    odd = 1 <= kernel_size < 100 and kernel_size % 2 == 1
+    require(odd, "kernel_size", kernel_size, "odd, from 1 to 99")
+
+
+def smoothed(scores: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """Means over ``kernel_size`` neighbouring positions, fewer at the ends, ``[H, n]``."""
+    around = kernel_size // 2
+    return avg_pool1d(scores, kernel_size, stride=1, padding=around, count_include_pad=False)
 
 
 @dataclass(frozen=True)
@@ -34,8 +47,7 @@ class SnapKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.window_size >= 1, "window_size", self.window_size, "at least 1")
-        odd = 1 <= self.kernel_size < 100 and self.kernel_size % 2 == 1
-        require(odd, "kernel_size", self.kernel_size, "odd, from 1 to 99")
+        check_kernel_size(self.kernel_size)
 
     def num_voting(self, prompt: Prompt) -> int:
         return min(self.window_size, prompt.num_tokens)
@@ -45,11 +57,4 @@ class SnapKV(Policy):
 
     def score(self, layer: Layer) -> LayerScores:
         scored = votes(layer)
-        smooth = avg_pool1d(
-            scored.scores,
-            self.kernel_size,
-            stride=1,
-            padding=self.kernel_size // 2,
-            count_include_pad=False,
-        )
-        return scored._replace(scores=smooth)
+        return scored._replace(scores=smoothed(scored.scores, self.kernel_size))
