@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
-from sglang_vlkv.radix import ExactRadixCache
+from sglang_vlkv.radix import TwinRadixCache
 
 
 class ReservingPrefillAdder(PrefillAdder):
@@ -17,7 +17,7 @@ class ReservingPrefillAdder(PrefillAdder):
     else can hold its prefix, and SGLang promises that what fits the pool is admitted then.
     """
 
-    tree_cache: ExactRadixCache
+    tree_cache: TwinRadixCache
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -44,14 +44,21 @@ class ReservingPrefillAdder(PrefillAdder):
     def add_one_req(self, req: Req, *args, **kwargs):
         if req in self.tree_cache.compactor.resting:
             return AddReqResult.OTHER
-        return super().add_one_req(req, *args, **kwargs)
+        result = super().add_one_req(req, *args, **kwargs)
+        while result is AddReqResult.NO_TOKEN and not (self.running_batch.reqs or self.can_run_list):
+            # Nobody runs who could free what waiting requests have pinned.
+            if not self.tree_cache.unpin_for(req):
+                break
+            result = super().add_one_req(req, *args, **kwargs)
+        return result
 
     def _request_slot_reserve_for_req(
         self, req: Req, *, extend_input_len: int | None = None
     ) -> int:
         """Upstream's seam for what a request needs beside its new tokens."""
         reserve = super()._request_slot_reserve_for_req(req, extend_input_len=extend_input_len)
-        plan = self.tree_cache.state_of(req).plan
+        state = self.tree_cache.state_of(req)
+        plan = state.asked if state.hit is None else state.hit_plan
         alone = not (self.running_batch.reqs or self.can_run_list or self._pending)
         # Before its prefix is matched, as when preemption asks, nothing is known of its needs.
         matched = len(req.full_untruncated_fill_ids) > 0

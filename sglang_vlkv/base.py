@@ -56,6 +56,11 @@ class Prompt:
     def num_tokens(self) -> int:
         return self.tags.numel()
 
+    def since(self, start: int) -> Prompt:
+        """The part from position ``start`` on, as a prompt of its own."""
+        positions = torch.arange(self.num_tokens)[None] if self.positions is None else self.positions
+        return Prompt(self.tags[start:], max(0, self.last_turn - start), positions[:, start:])
+
     @cached_property
     def visual(self) -> torch.Tensor:
         """Which positions hold a visual token, ``[n]`` bool."""

@@ -11,9 +11,10 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang_vlkv.base import Modality, Selection
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.merging import merge
-from sglang_vlkv.radix import ExactRadixCache
+from sglang_vlkv.radix import TwinRadixCache
 from sglang_vlkv.requests import RequestState
 from sglang_vlkv.select import select
+from sglang_vlkv.twins import Twin
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -56,7 +57,7 @@ class Compactor:
     """
 
     def __init__(
-        self, tree: ExactRadixCache, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+        self, tree: TwinRadixCache, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         self.resting: list[Req] = []
         self._tree = tree
@@ -68,6 +69,7 @@ class Compactor:
         """Compacts what is pending in ``batch``; a request for whose rows there is no room is
         retracted, never decoded from its exact prompt."""
         self.resting = []
+        self._tree.unpin_all_but(scheduler.waiting_queue)
         self._slide(batch)
         if not any(state.pending for state in self._pool.requests.holders()):
             return
@@ -124,7 +126,8 @@ class Compactor:
         return selections
 
     def _slide(self, batch: ScheduleBatch) -> None:
-        """Gives back the slots of rows that the next decode step no longer sees.
+        """Gives back the slots of rows that neither the next decode step sees nor, if the request is
+        retracted before it, the one that then takes its place one token earlier.
 
         Those lie right behind the kept rows that never slide; these move up in the request's row,
         so that what it owns stays one range of it.
@@ -134,7 +137,7 @@ class Compactor:
             if state is None or not state.sliding or state.row is None:
                 continue
             kv, start = req.kv, state.evicted
-            end = kv.kv_allocated_len + 1 - max(state.sliding)
+            end = kv.kv_allocated_len - max(state.sliding)
             if end <= start:
                 continue
             self._tree.free_kv_row(kv, [(start, end)])
@@ -148,21 +151,24 @@ class Compactor:
             batch.batch_is_full = False
 
     def _gather(self, req: Req, state: RequestState, selection: Selection) -> Gathered:
-        tree, pool, prompt = self._tree, self._pool, state.plan.prompt
-        n = prompt.num_tokens
+        tree, pool = self._tree, self._pool
+        start, n = state.plan.start, state.plan.end
         if req.kv.cache_protected_len < n and not req.skip_radix_cache_insert:
             # May re-point the row to an identical prefix, so the slots are read after it.
             tree.checkpoint(req, up_to=n)
         protected = req.kv.cache_protected_len
         row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]
-        slots = row[:n].long()
+        slots = row[start:n].long()
         rows = [self._rows(state, layer, slots, kept) for layer, kept in enumerate(selection.kept)]
         tail = pool.storage[:, :, row[n : max(n, protected)].long()].transpose(0, 1).clone()
         gathered = Gathered(req, state, selection, *map(list, zip(*rows)), tail)
         if protected < n:
             tree.free_kv_row(req.kv, [(protected, n)])
-        tree.unlock(req.lock)
-        req.lock = None
+        # The request owns nothing below its outputs now; what follows only ever adds to that.
+        req.kv.cache_protected_len = max(n, protected)
+        if state.twin is None:  # else it goes on reading what the lock holds
+            tree.unlock(req.lock)
+            req.lock = None
         return gathered
 
     def _rows(self, state: RequestState, layer: int, slots: torch.Tensor, kept: torch.Tensor):
@@ -173,44 +179,97 @@ class Compactor:
         return merge(state.plan.policy, keys[slots], values[slots], kept)
 
     def _place(self, item: Gathered) -> bool:
-        """Moves the kept rows to slots of their own; False where the pool has no room for them."""
-        req, state, pool = item.req, item.state, self._pool
-        n = state.plan.prompt.num_tokens
-        policy, num_kept = state.plan.policy, item.selection.num_kept
-        slides = policy.decode == "fixed_point"
-        sliding = [policy.num_sliding(k) if slides else 0 for k in num_kept]
+        """Moves the kept rows to slots of their own, or to those of a twin that holds the same;
+        False where the pool has no room for them."""
+        req, state, pool, tree = item.req, item.state, self._pool, self._tree
+        n, num_kept = state.plan.end, item.selection.num_kept
+        slides = state.plan.policy.decode == "fixed_point"
+        sliding = [state.plan.policy.num_sliding(k) if slides else 0 for k in num_kept]
         num_fixed = [k - s for k, s in zip(num_kept, sliding, strict=True)]
-        num_packed = -(-sum(num_fixed) // pool.layer_num)
-        num_slots = num_packed + max(sliding)
+        twin = self._new_twin(req, state, item.selection, num_fixed, slides)
+        same = tree.twins.same(twin)
+        lock = None if same is None else tree.lock(same.node)  # what follows may evict
+        num_packed = -(-sum(num_fixed) // pool.layer_num) if same is None else 0
         num_tail = item.tail.shape[2]
-        # The request owns nothing below its outputs now; what follows only ever adds to that.
-        req.kv.cache_protected_len = n + num_tail
-        evict_from_tree_cache(self._tree, num_slots + num_tail)
-        slots = self._tree.token_to_kv_pool_allocator.alloc(num_slots + num_tail)
+        slots = self._alloc(num_packed + max(sliding) + num_tail)
         if slots is None:
+            tree.unlock(lock)
             return False
-        kept, tail = slots[:num_slots], slots[num_slots:]
-        cells = pool.packed_cells(kept[:num_packed], num_fixed)
-        for layer, at in enumerate(cells):
+        packed, newest, tail = slots.split([num_packed, max(sliding), num_tail])
+        for layer in range(pool.layer_num):
             # Rows that slide lie like tokens, one slot for the same row of every layer.
-            newest = kept[num_slots - sliding[layer] :].to(torch.int32)
-            at = torch.cat([at, newest + layer * pool.cells_per_layer])
-            scatter_rows(pool.k_cells, at, item.keys[layer])
-            scatter_rows(pool.v_cells, at, item.values[layer])
+            at = newest[max(sliding) - sliding[layer] :] + layer * pool.cells_per_layer
+            scatter_rows(pool.k_cells, at, item.keys[layer][num_fixed[layer] :])
+            scatter_rows(pool.v_cells, at, item.values[layer][num_fixed[layer] :])
         pool.storage[:, :, tail] = item.tail.transpose(0, 1)
-        pool.tags[kept], pool.tags[tail] = Modality.MERGED, Modality.TEXT
-        # Right-aligned, "private = [cache_protected_len, kv_allocated_len)" is exactly the kept
-        # rows and the outputs, so SGLang's release, retraction and leak checks hold unmodified.
-        row = req.kv.req_pool_idx
-        self._req_to_token_pool.write((row, slice(0, n - num_slots)), 0)
-        self._req_to_token_pool.write((row, slice(n - num_slots, n)), kept.to(torch.int32))
-        self._req_to_token_pool.write((row, slice(n, n + num_tail)), tail.to(torch.int32))
-        req.kv.cache_protected_len = n - num_slots
-        state.skips_insert, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
-        state.cells, state.kept_slots, state.selection = cells, num_slots, item.selection
+        pool.tags[packed] = pool.tags[newest] = Modality.MERGED
+        pool.tags[tail] = Modality.TEXT
+        if same is None:
+            self._fill(twin, packed, item)
+            if not tree.disable:
+                tree.keep(twin, req.priority or 0)
+                lock = tree.lock(twin.node)
+        elif same.holders:
+            state.prefix_kind = "shared"
+        twin = same or twin
+        # "Private = [cache_protected_len, kv_allocated_len)" is exactly what the tree does not own,
+        # so SGLang's release, retraction and leak checks hold unmodified.
+        private = torch.cat([newest, tail] if lock else [packed, newest, tail]).to(torch.int32)
+        row, end = req.kv.req_pool_idx, n + num_tail
+        self._req_to_token_pool.write((row, slice(0, end - len(private))), 0)
+        self._req_to_token_pool.write((row, slice(end - len(private), end)), private)
+        req.kv.cache_protected_len = end - len(private)
+        newest = [kept[:, k:] + state.plan.start for kept, k in zip(item.selection.kept, num_fixed)]
+        pieces = [state.kept, twin.positions, newest] if state.kept else [twin.positions, newest]
+        state.kept = [torch.cat(layer, dim=1) for layer in zip(*pieces)]
+        state.kept_slots += len(twin.slots) + max(sliding)
+        state.cells, state.first_own = twin.seen, n
         state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
-        state.scores = {}
+        state.scores, state.pending = {}, False
+        tree.hold(req, state, twin)
+        tree.twins.double(twin)
+        tree.unlock(req.lock)
+        req.lock = lock
         return True
+
+    def _alloc(self, num_slots: int) -> torch.Tensor | None:
+        evict_from_tree_cache(self._tree, num_slots)
+        if not num_slots:
+            return torch.empty(0, dtype=torch.int64, device=self._pool.device)
+        return self._tree.token_to_kv_pool_allocator.alloc(num_slots)
+
+    def _new_twin(
+        self, req: Req, state: RequestState, selection: Selection, num_fixed: list[int], slides: bool
+    ) -> Twin:
+        """The piece that the rows that never slide will be, without its slots."""
+        lasting = self._tree.outlives(state)
+        pairs = zip(selection.kept, num_fixed, strict=True)
+        return Twin(
+            state.space if state.is_final else (*state.space, "draft"),
+            req.origin_input_ids[: state.plan.end],
+            state.plan.start,
+            state.plan.end,
+            seen=[],
+            positions=[(kept[:, :count] + state.plan.start).to(torch.int32) for kept, count in pairs],
+            slots=torch.empty(0),
+            parent=state.twin,
+            parent_rows=state.twin_rows,
+            lossy_end=state.plan.end,
+            whole=state.plan.policy.merge != "none",
+            findable=lasting and not slides,
+            lasting=lasting and not slides,
+            sparsity=selection.sparsity,
+        )
+
+    def _fill(self, twin: Twin, slots: torch.Tensor, item: Gathered) -> None:
+        """Puts the rows that never slide into ``slots``, which become the twin's."""
+        pool, before = self._pool, item.state.cells
+        cells = pool.packed_cells(slots, twin.num_own)
+        for layer, at in enumerate(cells):
+            scatter_rows(pool.k_cells, at, item.keys[layer][: len(at)])
+            scatter_rows(pool.v_cells, at, item.values[layer][: len(at)])
+        twin.slots = slots
+        twin.seen = cells if before is None else [torch.cat(both) for both in zip(before, cells)]
 
     def _retract(self, scheduler: Scheduler, batch: ScheduleBatch, reqs: list[Req]) -> None:
         logger.warning(

@@ -13,6 +13,7 @@ from sglang_vlkv.base import Policy, is_number, require
 from sglang_vlkv.policies import policies
 
 NONE = "none"
+TWINS = OFF, RESUME, FALLBACK, PREFER = "off", "resume", "fallback", "prefer"
 DEFAULTS = {"kv_policy": NONE, "kv_budget": None, "kv_policy_config": None}
 REQUEST_KEYS = tuple(DEFAULTS)  # what custom_params may hold, beside kv_report
 
@@ -51,6 +52,11 @@ class Settings:
         allow_override: whether requests may choose policy, budget and options themselves: true, or
             a list of the policies they may choose.
         min_budget, max_budget: what a request's budget must lie in.
+        twins: what the compacted rows of ended requests are kept for. ``off``: nothing, they go.
+            ``resume``: retracted requests go on from them, and the same prompt is answered from
+            them when its exact KV is gone. ``fallback``: new turns are, too, when the exact KV of
+            what lost rows is gone. ``prefer``: whenever they reach further than exact KV.
+        max_twins: most of the pool's slots that they take, as a fraction.
     """
 
     policy: Policy
@@ -58,6 +64,8 @@ class Settings:
     allow_override: bool | list[str] = False
     min_budget: float = 0.01
     max_budget: float = 1.0
+    twins: str = FALLBACK
+    max_twins: float = 0.5
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the option, what it was and what it may be."""
@@ -68,6 +76,9 @@ class Settings:
         for name in ("min_budget", "max_budget"):
             value = getattr(self, name)
             require(is_number(value) and 0 < value <= 1, name, value, "a number in (0, 1]")
+        require(self.twins in TWINS, "twins", self.twins, f"one of {', '.join(TWINS)}")
+        fits = is_number(self.max_twins) and 0 <= self.max_twins <= 1
+        require(fits, "max_twins", self.max_twins, "a number in [0, 1]")
         bounds = self.min_budget, self.max_budget
         require(bounds[0] <= bounds[1], "min_budget", bounds[0], "at most max_budget")
         if allowed and self.policy.name != NONE:
@@ -148,7 +159,7 @@ class Settings:
         return f"in [{self.min_budget}, {self.max_budget}]"
 
 
-OPERATOR_OPTIONS = ("allow_override", "min_budget", "max_budget")
+OPERATOR_OPTIONS = ("allow_override", "min_budget", "max_budget", "twins", "max_twins")
 
 
 def build_settings(

@@ -51,7 +51,19 @@ def receive_report(
 def add_routes(*args, **kwargs) -> None:
     """Before ``http_server._setup_and_run_http_server``."""
     from fastapi import HTTPException
-    from sglang.srt.entrypoints.http_server import app
+    from sglang.srt.entrypoints import http_server
+
+    app = http_server.app
+
+    @app.get("/kv_policy/twins")
+    async def kv_policy_twins():
+        """Twins in the pool, their slots, and since the start: requests that went on from one, and
+        twins that made room. Summed over data-parallel replicas."""
+        states = await http_server._global_state.tokenizer_manager.get_internal_state()
+        counts = [state["kv_policy"] for state in states if "kv_policy" in state]
+        if not counts:
+            raise HTTPException(404, "This server runs without a KV policy.")
+        return {name: sum(count[name] for count in counts) for name in counts[0]}
 
     @app.get("/kv_policy/requests/{response_id}")
     async def kv_policy_report(response_id: str):

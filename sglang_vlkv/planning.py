@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.multimodal.modality import Modality as SglangModality
@@ -74,16 +76,29 @@ class Planner:
             policy, reason = self._settings.for_request(custom), ""
         except ValueError as error:  # the frontend has refused these, unless somebody went past it
             policy, reason = self._settings.policy, str(error)
-        reason = reason or self._why_left_alone(req, prompt, policy)
-        rows = 0 if reason else policy.num_voting(prompt)
-        max_slots = policy.max_slots(prompt.num_tokens, self._num_layers)
-        return Plan(prompt, policy, reason, rows, max_slots, *draft_of(custom))
+        if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
+            reason = reason or "no image or video"
+        elif req.beam_group is not None:
+            reason = reason or "beam search"
+        return self._planned(Plan(prompt, policy, reason, 0, 0, *draft_of(custom)))
 
-    def _why_left_alone(self, req: Req, prompt: Prompt, policy: Policy) -> str:
+    def for_turn(self, plan: Plan, start: int) -> Plan:
+        """The plan for what follows ``start`` of a prompt whose beginning a twin stands for.
+
+        The new turn is a prompt of its own: it keeps its own share, and what came before it is
+        not compacted again.
+        """
+        return self._planned(replace(plan, prompt=plan.prompt.since(start), start=start))
+
+    def _planned(self, plan: Plan) -> Plan:
+        reason = plan.left_alone or self._why_left_alone(plan.prompt, plan.policy)
+        rows = 0 if reason else plan.policy.num_voting(plan.prompt)
+        max_slots = plan.policy.max_slots(plan.prompt.num_tokens, self._num_layers)
+        return replace(plan, left_alone=reason, num_voting=rows, max_slots=max_slots)
+
+    def _why_left_alone(self, prompt: Prompt, policy: Policy) -> str:
         """Empty where the prompt is compacted."""
         n = prompt.num_tokens
-        if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
-            return "no image or video"
         if not prompt.num_visual:
             return "its images or videos stand nowhere in the prompt"
         if n < policy.min_prompt_tokens:
@@ -93,7 +108,4 @@ class Planner:
             return "the budget keeps every row"
         if policy.needs_rope and not self._has_rope:
             return f"{policy.name} needs a rotary position embedding, and the model has none"
-        if req.beam_group is not None:
-            return "beam search"
         return ""
-

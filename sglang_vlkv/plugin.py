@@ -64,6 +64,11 @@ HOOKS = (
         "/server_info says what the scheduler runs",
     ),
     Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state", AFTER,
+        "sglang_vlkv.wiring:report_twins", ("self", "recv_req"),
+        "live counts of twins",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler._should_defer_prefill", BEFORE,
         "sglang_vlkv.wiring:compact", ("self", "running_batch"),
         "the moment between a prefill's merge and the next admission, in every path to a decode",
@@ -97,7 +102,7 @@ HOOKS = (
     Hook(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server", BEFORE,
         "sglang_vlkv.frontend:add_routes", ("server_args",),
-        "GET /kv_policy/requests/{id}",
+        "GET /kv_policy/requests/{id} and /kv_policy/twins",
     ),
 )
 
@@ -134,7 +139,25 @@ USES = {
         "register_radix_cache_backend": "name factory",
         "create_unified_radix_cache": "ctx cache_class",
     },
+    "sglang.srt.mem_cache.radix_cache": {
+        "RadixKey.__init__": "self token_ids extra_key cache_salt",
+    },
+    "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface": {
+        "UnifiedTreeCoreInterface.match_full_device_prefix": "self key",
+        "UnifiedTreeCoreInterface.collect_path_info": "self end_node_ids",
+    },
     "sglang.srt.mem_cache.unified_radix_cache": {
+        "UnifiedRadixCache.reset": "self",
+        "UnifiedRadixCache.match_prefix": "self params",
+        "UnifiedRadixCache.touch_prefix": "self key",
+        "UnifiedRadixCache.insert": "self params",
+        "UnifiedRadixCache.lock": "self node_id",
+        "UnifiedRadixCache.protected_size": "self",
+        "UnifiedRadixCache.prefix_device_indices": "self req",
+        "UnifiedRadixCache.path_device_indices": "self node",
+        "UnifiedRadixCache.claim_kv_row": "self req",
+        "UnifiedRadixCache._evict": "self params",
+        "UnifiedRadixCache._evict_device_leaf": "self node_id tracker",
         "UnifiedRadixCache.checkpoint": "self req up_to",
         "UnifiedRadixCache.swa_reprefill_tail_tokens": "self req",
         "UnifiedRadixCache.maybe_hand_to_session": "self req",
@@ -148,6 +171,7 @@ USES = {
         "evict_from_tree_cache": "tree_cache num_tokens",
     },
     "sglang.srt.managers.schedule_batch": {
+        "Req.owned_kv_len": "self",
         "ScheduleBatch.release_req": "self idx remaing_req_count",
         "ScheduleBatch.filter_batch": "self keep_indices",
     },

@@ -1,16 +1,30 @@
-"""SGLang's radix cache, telling our request states what happens to their rows."""
+"""SGLang's radix cache with twins beside its exact KV, in a namespace of their own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Callable, Iterable
 
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    EvictResult,
+    InsertParams,
+    MatchPrefixParams,
+    MatchResult,
+    TreeLock,
+)
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_vlkv.base import Modality
+from sglang_vlkv.config import FALLBACK, OFF, PREFER, RESUME, Settings
 from sglang_vlkv.planning import Planner
 from sglang_vlkv.pool import CellPool
-from sglang_vlkv.requests import Requests, RequestState
+from sglang_vlkv.requests import Plan, Requests, RequestState
+from sglang_vlkv.twins import Hit, Slides, Twin, Twins
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -18,17 +32,35 @@ if TYPE_CHECKING:
     from sglang_vlkv.compaction import Compactor
 
 BACKEND = "vlkv"
+NAMESPACE = "sglang_vlkv.twins"  # extra_key of the twins' keys
 
 
-class ExactRadixCache(UnifiedRadixCache):
-    """Holds exact KV only: a compacted request takes no part in it any more.
+class TwinRadixCache(UnifiedRadixCache):
+    """Exact KV under token paths, as in SGLang, and twins under keys that no request can ask for.
+
+    A compacted request takes no part in the exact tree any more. Its rows are a twin from the moment
+    they are placed: the request holds the twin's lock like that of a prefix, and others may share it.
 
     Attributes:
-        planner, compactor: wired once the scheduler stands, before the first request.
+        settings, planner, compactor, num_decoding: wired once the scheduler stands, before the first
+            request; the last counts the requests that decode.
+        twins: every twin in the tree.
     """
 
+    settings: Settings
     planner: Planner
     compactor: Compactor
+    num_decoding: Callable[[], int]
+
+    def __init__(self, params) -> None:
+        self.twins = Twins()
+        self._pins: dict[Req, tuple[Twin, TreeLock]] = {}  # oldest first
+        super().__init__(params)
+
+    def reset(self) -> None:
+        super().reset()
+        self.twins.clear()
+        self._pins.clear()
 
     @property
     def pool(self) -> CellPool:
@@ -42,20 +74,88 @@ class ExactRadixCache(UnifiedRadixCache):
         """The state of ``req``, planned on first sight."""
         state = self.requests.get(req)
         # An input error replaces the prompt by a stub of one token.
-        if state is None or state.plan.prompt.num_tokens != len(req.origin_input_ids):
-            state = self.requests.add(req, self.planner.plan(req))
+        if state is None or state.asked.end != len(req.origin_input_ids):
+            plan = self.planner.plan(req)
+            space = (repr(plan.policy), req.extra_key, req.cache_salt)
+            state = self.requests.add(req, plan, space)
         return state
 
+    # ---- Lookup ----
+
+    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
+        """The longest exact prefix, or the twin that serves instead of it."""
+        exact = super().match_prefix(params)
+        req = params.req
+        if req is None or self.disable:
+            return exact
+        state = self.state_of(req)
+        state.hit = self._find_twin(req, state, params.key)
+        if state.hit is None:
+            return exact
+        state.hit_plan = self._plan_behind(req, state)
+        node = state.hit.twin.node
+        return exact._replace(
+            device_prefix_len=state.hit.covered,
+            last_device_node=node,
+            last_host_node=node,
+            best_match_node=node,
+            full_kv_hit_length=state.hit.covered,
+        )
+
+    def _find_twin(self, req: Req, state: RequestState, key: RadixKey) -> Hit | None:
+        """The twin that ``req`` goes on from, by the operator's ``twins``."""
+        tokens, mode = key.token_ids, self.settings.twins
+        if mode == OFF or not state.asked.compacts or state.row is not None or not tokens:
+            return None
+        n = len(req.origin_input_ids)
+        # Input logprobs want their tokens computed; SGLang's own limit also counts outputs as such.
+        wanted = req.logprob_start_len if req.return_logprob else -1
+        limit = min(len(tokens) - 1, wanted if 0 <= wanted < n else len(tokens))
+        left = state.left
+        if left is not None and not req.output_ids:
+            return None  # retracted before its first token, which only exact KV gives again
+        while left is not None and not (left in self.twins and left.findable):
+            left = left.parent
+        if left is not None and left.num_prompt == n <= left.end <= limit:
+            return Hit(left, left.end)  # its own, from before its retraction
+        exact = None
+        for hit in self.twins.find(state.space, tokens, limit):
+            if exact is None:
+                whole = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
+                exact = self.tree_core.match_full_device_prefix(whole)[0]
+            reaches = hit.covered if mode == PREFER else hit.lossy_end
+            if reaches > exact and (mode != RESUME or self._is_whole_prompt(req, hit)):
+                return hit
+        return None
+
+    @staticmethod
+    def _is_whole_prompt(req: Req, hit: Hit) -> bool:
+        """The twin was selected for this very prompt, and nothing of the prompt is left to score."""
+        n = len(req.origin_input_ids)
+        return hit.rows is None and hit.twin.num_prompt == n <= hit.twin.end
+
+    def _plan_behind(self, req: Req, state: RequestState) -> Plan:
+        if state.hit.rows is None and state.hit.twin.end >= len(req.origin_input_ids):
+            return replace(state.asked, left_alone="a twin stands for it", num_voting=0, max_slots=0)
+        return self.planner.for_turn(state.asked, state.hit.covered)
+
     def swa_reprefill_tail_tokens(self, req: Req | None = None) -> int:
-        """Caps the prefix hit so that the queries that the policy needs are computed.
+        """Caps the exact hit so that the queries that the policy needs are computed.
 
         Upstream's seam for recomputing the end of a cached prefix.
         """
         tail = super().swa_reprefill_tail_tokens(req)
         if req is None:
             return tail
-        plan = self.state_of(req).plan
+        plan = self.state_of(req).asked
         return max(tail, plan.num_computed + len(req.output_ids)) if plan.compacts else tail
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        state = self.requests.get(req)
+        if state is None or state.hit is None:
+            return super().prefix_device_indices(req)
+        # Rows of a twin have no token each; attention reads them from the state's cells.
+        return torch.zeros(req.prefix_len, dtype=torch.int64, device=self.device)
 
     def maybe_hand_to_session(self, req: Req) -> None:
         """The request's row has just been written for a prefill, or for its next chunk."""
@@ -64,26 +164,268 @@ class ExactRadixCache(UnifiedRadixCache):
         if state.row != row:
             self.requests.take_row(state, row)
             state.prefix_tokens = req.prefix_len
+            state.prefix_kind = "exact" if req.prefix_len else "cold"
+            if state.hit is not None:
+                self._go_on_from(req, state, state.hit)
         tags = self.pool.tags
         slots = self.req_to_token_pool.req_to_token[row, req.prefix_len : req.extend_end].long()
         tags[slots] = Modality.TEXT
-        prompt = state.plan.prompt.tags[req.prefix_len : req.extend_end].to(tags.device)
+        prompt = state.asked.prompt.tags[req.prefix_len : req.extend_end].to(tags.device)
         tags[slots[: len(prompt)]] = prompt
+
+    def _go_on_from(self, req: Req, state: RequestState, hit: Hit) -> None:
+        twin = hit.twin
+        if (req.prefix_len, req.last_node) != (hit.covered, twin.node):
+            raise RuntimeError(
+                f"request {req.rid} was given a prefix of {req.prefix_len} tokens where a twin covers "
+                f"{hit.covered}; please report this as a bug of sglang_vlkv"
+            )
+        self.unpin(req)
+        n, slides = state.asked.end, twin.slides
+        state.prefix_kind = "shared" if twin.holders else "twin"
+        state.plan, state.pending, state.rows_lost = state.hit_plan, state.hit_plan.compacts, hit.rows_lost
+        # Of a prompt that was computed again for its last token's logits, that token's row is there.
+        state.first_own = hit.covered if hit.rows is not None else max(hit.covered, twin.end)
+        if slides is not None and self._is_whole_prompt(req, hit):
+            state.cells, state.sliding, state.evicted = slides.cells, slides.rows, hit.covered
+            state.kept, state.kept_slots = slides.kept, slides.kept_slots
+            newest = slice(hit.covered - len(slides.slots), hit.covered)
+            self.req_to_token_pool.write((req.kv.req_pool_idx, newest), slides.slots)
+        else:
+            state.cells, state.kept = hit.cells(), hit.positions(n)
+            rows = sum(layer.shape[1] for layer in state.kept)
+            state.kept_slots = -(-rows // self.pool.layer_num) + max(0, n - state.first_own)
+        self.hold(req, state, twin, hit.rows)
+        self.twins.hits += 1
+
+    # ---- Twins of live requests ----
+
+    def keep(self, twin: Twin, priority: int) -> None:
+        """Gives the slots of a new twin to the tree, unlocked."""
+        before = twin.slots[:0] if twin.parent is None else self.path_device_indices(twin.parent.node)
+        params = InsertParams(
+            key=RadixKey(self.twins.name(twin), NAMESPACE),
+            value=torch.cat([before.long(), twin.slots.long()]),
+            prev_prefix_len=len(before),
+            priority=priority,
+        )
+        twin.node = self.insert(params).last_device_node
+        self.twins.add(twin)
+
+    def hold(self, req: Req, state: RequestState, twin: Twin, rows: list[int] | None = None) -> None:
+        """``state`` reads ``twin`` from now on; its lock is the caller's to take."""
+        if state.twin is None:
+            # From here on its KV is not what the exact tree may hold.
+            state.skips_insert, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
+        for piece in twin.chain():
+            piece.holders += piece not in (state.twin.chain() if state.twin else ())
+        state.twin, state.twin_rows = twin, rows
+        if twin in self.twins:
+            self.twins.use(twin)
+            self.touch_prefix(RadixKey(twin.key, NAMESPACE))
+
+    def claim_kv_row(self, req: Req) -> bool:
+        """The request finished, was aborted or was retracted, and its row is about to be freed."""
+        if super().claim_kv_row(req):
+            return True
+        state = self.requests.get(req)
+        if state is None or state.row is None or state.twin is None:
+            return False
+        held = 0 if self.disable else state.twin.num_slots
+        state.last_slots = held + req.kv.kv_allocated_len - req.kv.cache_protected_len
+        if not self.disable and self.outlives(state):
+            state.left = self._leave(req, state)
+            if req.output_ids and not req.finished():
+                # Lost output rows can be computed again behind the prompt's; sliding rows cannot.
+                self._pin(req, state.left if state.sliding else state.twin)
+        return False
+
+    def outlives(self, state: RequestState) -> bool:
+        """Whether the rows of ``state`` stay when it ends."""
+        return self.settings.twins != OFF and state.is_final
+
+    def _leave(self, req: Req, state: RequestState) -> Twin:
+        """Leaves the rows of the request's own tokens behind as a twin; the last piece of its path."""
+        kv, parent = req.kv, state.twin
+        # The last output of a retracted request is computed again, for what comes after it.
+        known = len(req.origin_input_ids) + len(req.output_ids) - (not req.finished())
+        end = min(req.owned_kv_len(), known)
+        start = kv.cache_protected_len if state.sliding else max(state.first_own, kv.cache_protected_len)
+        if state.pending or end <= start:
+            return parent
+        row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        slots = row[start:end].clone()
+        newest = row[max(0, end + 1 - max(state.sliding)) : end].clone() if state.sliding else slots
+        per_layer = state.sliding or [len(slots)] * len(state.cells)
+        seen, positions = [], []
+        for layer, (cells, count) in enumerate(zip(state.cells, per_layer, strict=True)):
+            own = newest[len(newest) - min(count, len(newest)) :]
+            seen.append(torch.cat([cells, own + layer * self.pool.cells_per_layer]))
+            at = torch.arange(end - len(own), end, dtype=torch.int32, device=own.device)
+            positions.append(at.expand(self.pool.head_num, -1))
+        slides = None
+        if state.sliding:
+            slides = Slides(state.cells, state.sliding, newest, state.kept, state.kept_slots)
+        twin = Twin(
+            state.space,
+            (req.origin_input_ids + req.output_ids)[:end],
+            start,
+            len(req.origin_input_ids),
+            seen,
+            positions,
+            slots,
+            parent=parent,
+            parent_rows=self._rows_behind(state),
+            lossy_end=parent.lossy_end if state.twin_rows is None else start,
+            whole=bool(state.sliding),
+            slides=slides,
+            sparsity=parent.sparsity,
+        )
+        same = self.twins.same(twin)
+        if same is not None:
+            return same
+        self.free_kv_row(kv, [(kv.cache_protected_len, start)])
+        self.keep(twin, req.priority or 0)
+        kv.cache_protected_len = end
+        return twin
+
+    @staticmethod
+    def _rows_behind(state: RequestState) -> list[int] | None:
+        if state.sliding and state.twin.slides is not None:
+            return [0] * len(state.cells)  # of sliding rows, the newest are listed anew
+        return state.twin_rows
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         state = self.requests.get(req)
         if state is None:
             return
-        if state.cells is not None:
-            # A retracted request is prefilled again, exactly.
+        if state.row is not None and state.twin is not None:
             req.skip_radix_cache_insert = state.skips_insert
-            state.last_slots = req.kv.kv_allocated_len - req.kv.cache_protected_len
+            pieces = state.twin.chain()
+            for piece in pieces:
+                piece.holders -= 1
+            for piece in reversed(pieces):
+                if piece in self.twins and not piece.lasting and piece.is_idle:
+                    self._drop(piece)
+            self._limit()
         self.requests.release_row(state)
         if req.finished():  # else it is prefilled again
             self.requests.drop_draft(state)
 
+    # ---- Eviction ----
 
-def create(ctx: TreeCacheBuildContext) -> ExactRadixCache:
+    def _evict_device_leaf(self, node_id: int, tracker: dict[ComponentType, int]):
+        """Every leaf that makes room passes here."""
+        backup = super()._evict_device_leaf(node_id, tracker)
+        self.twins.remove(node_id)
+        return backup
+
+    def _evict(self, params: EvictParams, *args, **kwargs) -> EvictResult:
+        """Exact KV that has a twin goes first, then all else by the server's eviction policy, and
+        what retracted requests need only where nobody could decode otherwise."""
+        freed = self._evict_doubled(params.num_tokens)
+        params = replace(params, num_tokens=max(0, params.num_tokens - freed))
+        result = super()._evict(params, *args, **kwargs)
+        while result.num_tokens_evicted < params.num_tokens and self._pins and self.num_decoding() <= 1:
+            self.unpin(next(iter(self._pins)))
+            missing = params.num_tokens - result.num_tokens_evicted
+            more = super()._evict(replace(params, num_tokens=missing), *args, **kwargs)
+            result.num_tokens_evicted += more.num_tokens_evicted
+        result.num_tokens_evicted += freed
+        return result
+
+    def _evict_doubled(self, num_tokens: int) -> int:
+        """Evicts exact KV that a twin can stand in for; returns the number of slots."""
+        if self.disable or self.settings.twins not in (FALLBACK, PREFER):
+            return 0
+        tracker = dict.fromkeys(self.tree_components, 0)
+        for twin in self.twins.doubled():
+            if tracker[ComponentType.FULL] >= num_tokens:
+                break
+            _, extra_key, cache_salt = twin.space
+            key = RadixKey(twin.tokens, extra_key, cache_salt=cache_salt)
+            if self._evict_end(key, num_tokens, tracker):
+                self.twins.single(twin)
+        return tracker[ComponentType.FULL]
+
+    def _evict_end(self, key: RadixKey, num_tokens: int, tracker: dict[ComponentType, int]) -> bool:
+        """Evicts an exact path from its end on; False where more of it can go later."""
+        matched, last, reach = self.tree_core.match_full_device_prefix(key)
+        if reach > matched:  # it ends inside somebody else's
+            return True
+        gone = 0  # children of the node at hand
+        for node in reversed(self.tree_core.collect_path_info([last])[0]):
+            if node.num_children > gone:
+                return True
+            if tracker[ComponentType.FULL] >= num_tokens or self._is_locked(node.node_id):
+                return False
+            self._evict_device_leaf(node.node_id, tracker)
+            gone = 1
+        return True
+
+    def _is_locked(self, node_id: int) -> bool:
+        """A lock moves what nobody else has locked from evictable to protected."""
+        before = self.protected_size()
+        lock = self.lock(node_id)
+        moved = self.protected_size() > before
+        self.unlock(lock)
+        return not moved
+
+    def _drop(self, twin: Twin) -> None:
+        self._evict_device_leaf(twin.node, dict.fromkeys(self.tree_components, 0))
+
+    def _limit(self) -> None:
+        """Holds twins to the operator's ``max_twins``; the least recently used go."""
+        most = self.settings.max_twins * self.token_to_kv_pool_allocator.size
+        if self.twins.num_slots <= most:
+            return
+        for twin in self.twins.by_age():
+            while self.twins.num_slots > most and twin is not None and twin.is_idle:
+                self._drop(twin)
+                twin = twin.parent
+
+    # ---- Retracted requests ----
+
+    def _pin(self, req: Req, twin: Twin) -> None:
+        """Keeps what a retracted request goes on from, until it does."""
+        for piece in twin.chain():
+            piece.holders += 1
+        self._pins[req] = twin, self.lock(twin.node)
+
+    def unpin(self, req: Req) -> None:
+        twin, lock = self._pins.pop(req, (None, None))
+        if twin is not None:
+            self.unlock(lock)
+            for piece in twin.chain():
+                piece.holders -= 1
+
+    def unpin_all_but(self, waiting: Iterable[Req]) -> None:
+        """Requests that wait no more, because they were aborted, need nothing."""
+        if self._pins:
+            waiting = set(waiting)
+            for req in [req for req in self._pins if req not in waiting]:
+                self.unpin(req)
+
+    def describe_twins(self) -> dict:
+        """For ``GET /kv_policy/twins``."""
+        twins = self.twins
+        return {
+            "twins": len(twins),
+            "slots": twins.num_slots,
+            "hits": twins.hits,
+            "evictions": twins.evictions,
+        }
+
+    def unpin_for(self, req: Req) -> bool:
+        """Gives up the oldest pin that is not ``req``'s own; False where there is none."""
+        for other in self._pins:
+            if other is not req:
+                self.unpin(other)
+                return True
+        return False
+
+
+def create(ctx: TreeCacheBuildContext) -> TwinRadixCache:
     """The factory registered under :data:`BACKEND`."""
-    return create_unified_radix_cache(ctx, cache_class=ExactRadixCache)
+    return create_unified_radix_cache(ctx, cache_class=TwinRadixCache)

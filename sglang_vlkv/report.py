@@ -6,11 +6,12 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+import torch
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from sglang_vlkv.base import Modality
 from sglang_vlkv.config import NONE
-from sglang_vlkv.radix import ExactRadixCache
+from sglang_vlkv.radix import TwinRadixCache
 from sglang_vlkv.requests import RequestState
 
 if TYPE_CHECKING:
@@ -21,36 +22,38 @@ OPTION = "kv_report"  # in custom_params
 POSITIONS = "positions"  # the one value of OPTION
 
 
-def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
+def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
     """The report of a request that ended, as JSON values.
 
     Returns:
         ``policy`` is "none" with a ``reason`` where the prompt was left alone. Byte counts and
         ``kept_per_modality`` are this rank's, per-layer lists run over all layers.
     """
-    prompt, pool = state.plan.prompt, tree.pool
+    prompt, pool = state.asked.prompt, tree.pool
     report = {
         "policy": NONE,
         "prompt_tokens": prompt.num_tokens,
         "visual_tokens": prompt.num_visual,
-        "prefix": {"kind": "exact" if state.prefix_tokens else "cold", "tokens": state.prefix_tokens},
+        "prefix": {"kind": state.prefix_kind, "tokens": state.prefix_tokens},
         "retractions": req.retraction_count,
     }
-    selection = state.selection
-    if selection is None:
+    if state.twin is None:
         early = "finished at its first token" + " after a retraction" * bool(req.retraction_count)
-        return report | {"reason": state.plan.left_alone or early}
-    policy = state.plan.policy
+        return report | {"reason": state.asked.left_alone or early}
+    policy = state.asked.policy
+    kept = _kept(state)
+    if state.rows_lost:
+        report["prefix"]["rows_lost"] = state.rows_lost
     report |= {
         "policy": policy.name,
         "budget": policy.budget,
         "config": repr(policy),
         "voting_rows": state.plan.num_computed if policy.votes else 0,
         "draft_rows": state.draft_rows,
-        "sparsity_per_layer": selection.sparsity,
-        "kept_per_layer": selection.num_kept,
+        "sparsity_per_layer": state.twin.sparsity,
+        "kept_per_layer": [layer.shape[1] for layer in kept],
         "kept_per_modality": {
-            modality.name.lower(): sum(int((prompt.tags[k.cpu()] == modality).sum()) for k in selection.kept)
+            modality.name.lower(): sum(int((prompt.tags[layer] == modality).sum()) for layer in kept)
             for modality in Modality
             if (prompt.tags == modality).any()
         },
@@ -59,8 +62,15 @@ def build_report(req: Req, state: RequestState, tree: ExactRadixCache) -> dict:
         "last_bytes": state.last_slots * pool.slot_bytes,
     }
     if (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS:
-        report[POSITIONS] = [layer.tolist() for layer in selection.kept]
+        report[POSITIONS] = [layer.tolist() for layer in kept]
     return report
+
+
+def _kept(state: RequestState) -> list[torch.Tensor]:
+    """Per layer, the prompt positions of all rows that stand for the prompt, ``[Hkv, rows]``; those
+    of a new turn that was not compacted among them."""
+    own = torch.arange(min(state.first_own, state.asked.end), state.asked.end)
+    return [torch.cat([layer.cpu(), own.expand(len(layer), -1)], dim=1) for layer in state.kept]
 
 
 class ReportingOutputStreamer(SchedulerOutputStreamer):

@@ -14,16 +14,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from sglang_vlkv.base import LayerScores, Policy, Prompt, Selection
+from sglang_vlkv.base import LayerScores, Policy, Prompt
+from sglang_vlkv.twins import Hit, Twin
 
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen to a request's prompt.
+    """What will happen to a request's prompt, or to what a twin does not cover of it.
 
     Attributes:
+        prompt: what competes for rows: the request's prompt from ``start`` on.
         policy: what the request asked for, or the server's.
         left_alone: why the prompt stays uncompressed; empty where it is compacted.
         num_voting: R, the prompt positions at its end whose attention scores the keys.
@@ -39,6 +41,12 @@ class Plan:
     max_slots: int = 0
     writes_draft: str = ""
     reads_draft: str = ""
+    start: int = 0
+
+    @property
+    def end(self) -> int:
+        """Length of the request's prompt."""
+        return self.start + self.prompt.num_tokens
 
     @property
     def compacts(self) -> bool:
@@ -46,7 +54,8 @@ class Plan:
 
     @property
     def first_voting(self) -> int:
-        return self.prompt.num_tokens - self.num_voting
+        """Position in the request's prompt."""
+        return self.end - self.num_voting
 
     @property
     def num_computed(self) -> int:
@@ -61,45 +70,68 @@ class RequestState:
     """One request, from its admission to its end.
 
     Attributes:
+        asked: the plan for its whole prompt.
+        plan: what happens to the tokens that are computed; ``asked`` where no twin covers any.
+        space: which twins it may use.
         row: the ``req_to_token`` row it holds, or None.
-        prefix_tokens: prompt tokens that its last prefill found in the radix tree.
+        prefix_kind: where its prefix came from: cold, exact, twin or shared.
+        prefix_tokens: prompt tokens that its last prefill found computed.
+        hit, hit_plan: the twin that its next prefill goes on from, and what follows from that.
+        left: the last piece of its rows, left behind when it was retracted.
+        pending: its prompt holds exact KV that a compaction will replace.
         queries: per layer, the voting rows' queries so far, pieces of ``[rows, Hq, D]``; a voting
             window may straddle chunks.
         seen: per layer, what the policy has observed of the prompt so far.
         drafted: per layer, the queries of its output tokens, where it writes a draft.
         draft_rows: drafted queries that voted for its rows.
         scores: per layer, once its last chunk has run.
-        cells: per layer, the cells of its compacted prompt, ``[num_kept[l]]`` int32; None while
-            the prompt is exact. Without the sliding rows, where there are any.
-        kept_slots: pool slots that hold the compacted prompt.
+        cells: per layer, the cells of the compacted rows that it sees, ``[num_kept[l]]`` int32; None
+            while all is exact. Without the sliding rows, where there are any.
+        first_own: tokens from this sequence position on have slots of their own.
+        twin, twin_rows: the piece that ``cells`` ends with, and how many of its rows per layer they
+            hold, None for all. Still there for the report when the request has ended.
+        kept: per layer, the prompt positions behind ``cells`` and the sliding rows,
+            ``[Hkv, rows]``.
+        kept_slots: pool slots that hold them, shared ones included.
+        rows_lost: kept rows of its prefix that a shorter common prefix with a twin could not use.
         sliding: per layer, how many rows of the sequence's newest slots it sees beside ``cells``
             (fixed-point elimination); empty where it sees all output tokens.
         evicted: sequence position before which the slots of sliding rows have been given back.
-        last_slots: pool slots that it held when its row was released, compacted prompt and outputs.
-        selection: what was kept, once compacted.
-        skips_insert: the request's own ``skip_radix_cache_insert`` before compaction set it.
+        last_slots: pool slots that held its rows when it was released, outputs among them.
+        skips_insert: the request's own ``skip_radix_cache_insert`` before ``cells`` set it.
     """
 
+    asked: Plan
     plan: Plan
+    space: tuple = ()
     row: int | None = None
+    prefix_kind: str = "cold"
     prefix_tokens: int = 0
+    hit: Hit | None = None
+    hit_plan: Plan | None = None
+    left: Twin | None = None
+    pending: bool = False
     queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     seen: dict[int, object] = field(default_factory=dict)
     drafted: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     draft_rows: int = 0
     scores: dict[int, LayerScores] = field(default_factory=dict)
     cells: list[torch.Tensor] | None = None
+    first_own: int = 0
+    twin: Twin | None = None
+    twin_rows: list[int] | None = None
+    kept: list[torch.Tensor] = field(default_factory=list)
     kept_slots: int = 0
+    rows_lost: int = 0
     sliding: list[int] = field(default_factory=list)
     evicted: int = 0
     last_slots: int = 0
-    selection: Selection | None = None
     skips_insert: bool = False
 
     @property
-    def pending(self) -> bool:
-        """Its prompt holds exact KV that a compaction will replace."""
-        return self.plan.compacts and self.cells is None
+    def is_final(self) -> bool:
+        """It is neither a draft nor without the one that was to vote for its rows."""
+        return not self.asked.writes_draft and (not self.asked.reads_draft or self.draft_rows > 0)
 
 
 class Requests:
@@ -116,15 +148,17 @@ class Requests:
     def at_row(self, row: int) -> RequestState | None:
         return self._by_row.get(row)
 
-    def add(self, request, plan: Plan) -> RequestState:
-        state = self._by_request[request] = RequestState(plan)
+    def add(self, request, plan: Plan, space: tuple) -> RequestState:
+        state = self._by_request[request] = RequestState(plan, plan, space)
         return state
 
     def take_row(self, state: RequestState, row: int) -> None:
         """``state``'s prefill begins in ``row``; whatever an earlier attempt left is dropped."""
-        state.row = row
+        state.row, state.plan, state.pending = row, state.asked, state.asked.compacts
         state.queries, state.seen, state.drafted, state.scores = {}, {}, {}, {}
-        state.cells, state.kept_slots, state.selection = None, 0, None
+        state.cells, state.first_own = None, 0
+        state.kept, state.kept_slots, state.rows_lost = [], 0, 0
+        state.twin, state.twin_rows, state.left = None, None, None
         state.sliding, state.evicted, state.last_slots = [], 0, 0
         self._by_row[row] = state
 
@@ -134,7 +168,7 @@ class Requests:
             del self._by_row[state.row]
         if state.drafted:
             self._leave_draft(state)
-        state.row, state.cells = None, None
+        state.row, state.cells, state.hit, state.pending = None, None, None, False
         state.queries, state.seen, state.drafted, state.scores = {}, {}, {}, {}
 
     def _leave_draft(self, state: RequestState) -> None:

@@ -72,12 +72,12 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
     from sglang_vlkv.compaction import Compactor
     from sglang_vlkv.planning import Planner
     from sglang_vlkv.pool import CellPool
-    from sglang_vlkv.radix import ExactRadixCache
+    from sglang_vlkv.radix import TwinRadixCache
     from sglang_vlkv.report import ReportingOutputStreamer
 
     tree = scheduler.tree_cache
     found = {
-        "radix cache": (type(tree), ExactRadixCache),
+        "radix cache": (type(tree), TwinRadixCache),
         "KV pool": (type(scheduler.token_to_kv_pool_allocator.get_kvcache()), CellPool),
         "output streamer": (type(scheduler.output_streamer), ReportingOutputStreamer),
         "attention backend": (
@@ -100,6 +100,8 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
             "has none that SGLang names rotary_emb. Use another policy."
         )
     tokenizer = scheduler.tokenizer
+    tree.settings = settings
+    tree.num_decoding = lambda: sum(req.kv.holds_kv for req in scheduler.running_batch.reqs)
     tree.planner = Planner(
         settings,
         num_layers=tree.pool.layer_num,
@@ -128,6 +130,13 @@ def report_armed(info: dict, scheduler) -> dict:
     settings = _settings()
     armed = {"policy": config.NONE} if settings is None else settings.describe()
     return info | {"kv_policy": armed}
+
+
+def report_twins(output, scheduler, _request):
+    """After ``Scheduler.get_internal_state``: also a part of ``/server_info``."""
+    if _settings() is not None:
+        output.internal_state["kv_policy"] = scheduler.tree_cache.describe_twins()
+    return output
 
 
 def compact(scheduler, running_batch) -> None:

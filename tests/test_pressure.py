@@ -185,7 +185,7 @@ def test_randomised_mixed_requests(name):
                 elif tokens > 1:
                     assert seen["policy"] == policy, seen
                     n = seen["prompt_tokens"]
-                    assert sum(seen["kept_per_layer"]) == round(budget * n * 4)
+                    assert sum(seen["kept_per_layer"]) == round(budget * n * 4), seen
             counts[fate] = counts.get(fate, 0) + 1
 
         with ThreadPoolExecutor(8) as pool:

@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 
 
 class Extend(NamedTuple):
-    """A request that prefills ``[start, end)`` of its sequence; its queries begin at ``offset``."""
+    """A request that prefills ``[start, end)`` of its sequence; its queries begin at ``offset``.
+
+    Attributes:
+        cells: per layer, the cells of the twin that it goes on from; None where all is exact.
+        first_own: tokens from this position on have slots of their own.
+    """
 
     row: int
     start: int
     end: int
     offset: int
+    cells: list[torch.Tensor] | None = None
+    first_own: int = 0
 
 
 class Decode(NamedTuple):
@@ -57,7 +64,7 @@ class Chunk(NamedTuple):
     Attributes:
         queries: which queries of the batch are the chunk's, prompt positions only.
         votes: which of them are voting rows; may be empty.
-        slots: of the prompt up to the chunk's end, ``[positions]``.
+        slots: of what competes, up to the chunk's end, ``[positions]``.
         is_last: the chunk ends the prompt.
     """
 
@@ -114,20 +121,22 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         slots = self.req_to_token_pool.req_to_token[row, :length]
         if state is None or state.cells is None:
             return Decode(offset, None, slots)
-        first = length - max(state.sliding) if state.sliding else state.plan.prompt.num_tokens
+        first = length - max(state.sliding) if state.sliding else state.first_own
         draft = state if state.plan.writes_draft else None
         return Decode(offset, state.cells, slots[first:], state.sliding, draft)
 
     def _add_extend(self, extend: Extend) -> None:
         state = self.token_to_kv_pool.requests.at_row(extend.row)
         if state is not None and state.cells is not None:
-            # A decoding request that rides a mixed batch.
-            self._work.decodes.append(self._decode(extend.row, extend.end, extend.offset))
-            return
+            if not state.pending and extend.end - extend.start == 1:
+                # It decodes and rides a mixed batch, or has one token to go on from its twin.
+                self._work.decodes.append(self._decode(extend.row, extend.end, extend.offset))
+                return
+            extend = extend._replace(cells=state.cells, first_own=state.first_own)
         self._work.extends.append(extend)
         if state is None or not state.pending:
             return
-        n = state.plan.prompt.num_tokens
+        n = state.plan.end
         end = min(extend.end, n)  # outputs of a retracted request do not vote
         if extend.start >= end:
             return
@@ -137,7 +146,7 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             state,
             queries=slice(extend.start + shift, end + shift),
             votes=slice(first_voting + shift, end + shift),
-            slots=self.req_to_token_pool.req_to_token[extend.row, :end],
+            slots=self.req_to_token_pool.req_to_token[extend.row, state.plan.start : end],
             is_last=end == n,
         )
         if state.plan.policy.observes or first_voting < end:
@@ -160,13 +169,10 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             self._write(layer, forward_batch, k, v)
         q_heads, out_heads = _heads(q, layer), _heads(out, layer)
         keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         for extend in self._work.extends:
-            slots = self.req_to_token_pool.req_to_token[extend.row, : extend.end]
+            k, v = self._rows(extend, layer.layer_id)
             queries = slice(extend.offset, extend.offset + extend.end - extend.start)
-            out_heads[queries] = causal_extend(
-                q_heads[queries], keys[slots].to(q.dtype), values[slots].to(q.dtype), layer.scaling
-            )
+            out_heads[queries] = causal_extend(q_heads[queries], k.to(q.dtype), v.to(q.dtype), layer.scaling)
         if self._work.decodes:
             offsets = torch.tensor([decode.offset for decode in self._work.decodes])
             queries = q_heads[offsets]
@@ -175,6 +181,15 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             out_heads[offsets] = attended
         self._score(layer, q_heads, keys)
         return out
+
+    def _rows(self, extend: Extend, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[rows, H, D]`` that the request's new tokens see, their own at the end."""
+        pool = self.token_to_kv_pool
+        own = self.req_to_token_pool.req_to_token[extend.row, extend.first_own : extend.end]
+        if extend.cells is None:
+            return pool.get_key_buffer(layer)[own], pool.get_value_buffer(layer)[own]
+        cells = torch.cat([extend.cells[layer], own + layer * pool.cells_per_layer])
+        return pool.k_cells[cells], pool.v_cells[cells]
 
     def _write(self, layer: RadixAttention, forward_batch: ForwardBatch, k, v) -> None:
         if k is not None and v is not None:
