@@ -69,6 +69,7 @@ class Compactor:
         """Compacts what is pending in ``batch``; a request for whose rows there is no room is
         retracted, never decoded from its exact prompt."""
         self.resting = []
+        self._tree.decoding = batch.reqs
         self._tree.unpin_all_but(scheduler.waiting_queue)
         self._slide(batch)
         if not any(state.pending for state in self._pool.requests.holders()):
@@ -206,7 +207,7 @@ class Compactor:
         pool.tags[tail] = Modality.TEXT
         if same is None:
             self._fill(twin, packed, item)
-            if not tree.disable:
+            if not tree.disable and num_packed:  # else every row slides
                 tree.keep(twin, req.priority or 0)
                 lock = tree.lock(twin.node)
         elif same.holders:

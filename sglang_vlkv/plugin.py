@@ -151,6 +151,7 @@ USES = {
         "UnifiedRadixCache.match_prefix": "self params",
         "UnifiedRadixCache.touch_prefix": "self key",
         "UnifiedRadixCache.insert": "self params",
+        "UnifiedRadixCache.take_events": "self",
         "UnifiedRadixCache.lock": "self node_id",
         "UnifiedRadixCache.protected_size": "self",
         "UnifiedRadixCache.prefix_device_indices": "self req",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Callable, Iterable
+from typing import TYPE_CHECKING, Iterable
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
@@ -24,7 +24,7 @@ from sglang_vlkv.config import FALLBACK, OFF, PREFER, RESUME, Settings
 from sglang_vlkv.planning import Planner
 from sglang_vlkv.pool import CellPool
 from sglang_vlkv.requests import Plan, Requests, RequestState
-from sglang_vlkv.twins import Hit, Slides, Twin, Twins
+from sglang_vlkv.twins import FIRST_NAME, Hit, Slides, Twin, Twins
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -42,18 +42,19 @@ class TwinRadixCache(UnifiedRadixCache):
     they are placed: the request holds the twin's lock like that of a prefix, and others may share it.
 
     Attributes:
-        settings, planner, compactor, num_decoding: wired once the scheduler stands, before the first
-            request; the last counts the requests that decode.
+        settings, planner, compactor: wired once the scheduler stands, before the first request.
+        decoding: the requests that decode, and maybe some that have just been released.
         twins: every twin in the tree.
     """
 
     settings: Settings
     planner: Planner
     compactor: Compactor
-    num_decoding: Callable[[], int]
+    decoding: list[Req]
 
     def __init__(self, params) -> None:
         self.twins = Twins()
+        self.decoding = []
         self._pins: dict[Req, tuple[Twin, TreeLock]] = {}  # oldest first
         super().__init__(params)
 
@@ -202,7 +203,8 @@ class TwinRadixCache(UnifiedRadixCache):
 
     def keep(self, twin: Twin, priority: int) -> None:
         """Gives the slots of a new twin to the tree, unlocked."""
-        before = twin.slots[:0] if twin.parent is None else self.path_device_indices(twin.parent.node)
+        stands = twin.parent is not None and twin.parent in self.twins
+        before = self.path_device_indices(twin.parent.node) if stands else twin.slots[:0]
         params = InsertParams(
             key=RadixKey(self.twins.name(twin), NAMESPACE),
             value=torch.cat([before.long(), twin.slots.long()]),
@@ -327,7 +329,9 @@ class TwinRadixCache(UnifiedRadixCache):
         freed = self._evict_doubled(params.num_tokens)
         params = replace(params, num_tokens=max(0, params.num_tokens - freed))
         result = super()._evict(params, *args, **kwargs)
-        while result.num_tokens_evicted < params.num_tokens and self._pins and self.num_decoding() <= 1:
+        while result.num_tokens_evicted < params.num_tokens and self._pins:
+            if sum(req.kv.holds_kv for req in self.decoding) > 1:
+                break  # one of them can be retracted
             self.unpin(next(iter(self._pins)))
             missing = params.num_tokens - result.num_tokens_evicted
             more = super()._evict(replace(params, num_tokens=missing), *args, **kwargs)
@@ -385,10 +389,20 @@ class TwinRadixCache(UnifiedRadixCache):
                 self._drop(twin)
                 twin = twin.parent
 
+    def take_events(self) -> list:
+        """KV events of exact KV only: no router can ask for a twin."""
+        return [
+            event
+            for event in super().take_events()
+            if not (tokens := getattr(event, "token_ids", None)) or tokens[0] < FIRST_NAME
+        ]
+
     # ---- Retracted requests ----
 
     def _pin(self, req: Req, twin: Twin) -> None:
         """Keeps what a retracted request goes on from, until it does."""
+        if twin not in self.twins:
+            return
         for piece in twin.chain():
             piece.holders += 1
         self._pins[req] = twin, self.lock(twin.node)

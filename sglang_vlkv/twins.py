@@ -16,6 +16,7 @@ from typing import Iterator, NamedTuple
 import numpy as np
 import torch
 
+FIRST_NAME = 1 << 48  # no token's id is as large
 BLOCK = 32  # tokens from one index entry to the next
 MOST_ALIKE = 16  # twins looked at that begin alike; the newest ones
 
@@ -185,7 +186,7 @@ class Twins:
         slots, of an id that is nobody else's and no token's."""
         self._count += 1
         before = twin.parent.key if twin.parent else array("q")
-        twin.key = before + array("q", [(1 << 48) + self._count]) * len(twin.slots)
+        twin.key = before + array("q", [FIRST_NAME + self._count]) * len(twin.slots)
         return twin.key
 
     def add(self, twin: Twin) -> None:
@@ -237,7 +238,8 @@ class Twins:
     def use(self, twin: Twin) -> None:
         """It and what it stands on are the most recently used."""
         for piece in twin.chain():
-            self._by_node.move_to_end(piece.node)
+            if piece in self:
+                self._by_node.move_to_end(piece.node)
 
     def same(self, twin: Twin) -> Twin | None:
         """A twin with the same rows as the new ``twin``: of one space and path, on one parent."""

@@ -101,7 +101,6 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         )
     tokenizer = scheduler.tokenizer
     tree.settings = settings
-    tree.num_decoding = lambda: sum(req.kv.holds_kv for req in scheduler.running_batch.reqs)
     tree.planner = Planner(
         settings,
         num_layers=tree.pool.layer_num,
