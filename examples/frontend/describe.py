@@ -1,0 +1,35 @@
+"""Lists a picture's digits, then asks about each in a fork of its own, and joins the answers.
+
+All forks continue one prompt, whose exact KV stays in the radix tree: each prefills its question and
+is compressed for it alone.
+"""
+
+from __future__ import annotations
+
+import sglang as sgl
+
+from examples.frontend.backend import PICTURE, connect, report
+
+
+@sgl.function
+def describe(s, picture, colours):
+    s += sgl.user(sgl.image(picture) + "list all")
+    s += sgl.assistant(sgl.gen("listed", max_tokens=64))
+    forks = s.fork(len(colours))
+    for fork, colour in zip(forks, colours):
+        fork += sgl.user(f"which digit is {colour}?")
+        fork += sgl.assistant(sgl.gen("answers", max_tokens=16))
+    forks.join()  # s["answers"] lists those of all forks
+    s["reports"] = [report(fork, "answers") for fork in forks.states]
+
+
+def main() -> None:
+    options = connect(__doc__, picture=str(PICTURE), colours=["cyan", "green", "pink"])
+    state = describe.run(options.picture, options.colours, temperature=0, use_thread=False)
+    print(f"{state['listed']}\n  [{report(state, 'listed')}]")
+    for answer, line in zip(state["answers"], state["reports"], strict=True):
+        print(f"{answer}\n  [{line}]")
+
+
+if __name__ == "__main__":
+    main()
