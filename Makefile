@@ -16,7 +16,11 @@ serve: $(READY)
 	  --max-total-tokens 65536 --port $(PORT) --kv-policy $(POLICY) --kv-budget $(BUDGET) \
 	  --kv-policy-config '{"allow_override": true}'
 
+# The page of examples/video_chat is tested in a browser.
 test: $(READY)
+	@which chromium chromedriver > /dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium chromium-driver; } || \
+	  echo "No browser: its tests are skipped. Install the packages chromium and chromium-driver."
 	.venv/bin/python -m pytest
 
 bench: $(READY)
