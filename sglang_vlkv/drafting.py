@@ -80,7 +80,8 @@ def _draft_tokens(settings: config.Settings, obj, params: dict, custom: dict) ->
     if not (getattr(obj, "image_data", None) or getattr(obj, "video_data", None)):
         return 0
     wanted = settings.for_request(custom).draft_tokens
-    most = (params or {}).get("max_new_tokens") or 128  # SGLang's default
+    most = (params or {}).get("max_new_tokens")
+    most = 128 if most is None else most  # SGLang's default
     # The first output token comes from the prefill, so one more is needed for that many queries,
     # and an answer of one token never looks at the rows that are kept.
     return min(wanted + 1, most) if wanted and most > 1 else 0
