@@ -219,8 +219,9 @@ class TwinRadixCache(UnifiedRadixCache):
         if state.twin is None:
             # From here on its KV is not what the exact tree may hold.
             state.skips_insert, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
-        for piece in twin.chain():
-            piece.holders += piece not in (state.twin.chain() if state.twin else ())
+        before = [] if state.twin is None else state.twin.chain()
+        for piece in twin.chain()[len(before) :]:
+            piece.holders += 1
         state.twin, state.twin_rows = twin, rows
         if twin in self.twins:
             self.twins.use(twin)
@@ -380,13 +381,16 @@ class TwinRadixCache(UnifiedRadixCache):
         self._evict_device_leaf(twin.node, dict.fromkeys(self.tree_components, 0))
 
     def _limit(self) -> None:
-        """Holds twins to the operator's ``max_twins``; the least recently used go."""
-        most = self.settings.max_twins * self.token_to_kv_pool_allocator.size
-        if self.twins.num_slots <= most:
+        """Holds what nobody reads to the operator's ``max_twins``; the least recently used goes."""
+        excess = self.twins.num_slots - self.settings.max_twins * self.token_to_kv_pool_allocator.size
+        if excess <= 0:
             return
-        for twin in self.twins.by_age():
-            while self.twins.num_slots > most and twin is not None and twin.is_idle:
+        twins = self.twins.by_age()
+        excess -= sum(len(twin.slots) for twin in twins if twin.holders)
+        for twin in twins:
+            while excess > 0 and twin is not None and twin in self.twins and twin.is_idle:
                 self._drop(twin)
+                excess -= len(twin.slots)
                 twin = twin.parent
 
     def take_events(self) -> list:

@@ -97,7 +97,11 @@ class Twin:
 
     def chain(self) -> list[Twin]:
         """The pieces of its path, the first one first."""
-        return ([] if self.parent is None else self.parent.chain()) + [self]
+        pieces, piece = [], self
+        while piece is not None:
+            pieces.append(piece)
+            piece = piece.parent
+        return pieces[::-1]
 
     @property
     def is_idle(self) -> bool:
@@ -177,9 +181,9 @@ class Twins:
     def __len__(self) -> int:
         return len(self._by_node)
 
-    def by_age(self) -> Iterator[Twin]:
-        """The least recently used first; may be changed meanwhile."""
-        return iter(list(self._by_node.values()))
+    def by_age(self) -> list[Twin]:
+        """The least recently used first."""
+        return list(self._by_node.values())
 
     def name(self, twin: Twin) -> array:
         """Gives a new twin its key in the tree: its parent's and then as many tokens as it has
@@ -244,8 +248,7 @@ class Twins:
     def same(self, twin: Twin) -> Twin | None:
         """A twin with the same rows as the new ``twin``: of one space and path, on one parent."""
         for other in self._by_path.get(_identity(twin), ()):
-            alike = other.tokens == twin.tokens and other.slides is None and twin.slides is None
-            if alike and other.parent_rows == twin.parent_rows:
+            if other.tokens == twin.tokens and other.slides is None and twin.slides is None:
                 return other
         return None
 
@@ -263,7 +266,8 @@ class Twins:
             return
         deepest = list(self._by_block[blocks[-1]])[-MOST_ALIKE:]
         hits = [_hit(twin, tokens, limit) for twin in deepest]
-        yield from sorted(filter(None, hits), key=lambda hit: (-hit.covered, hit.rows_lost))
+        # Not by rows lost: the ranks' heads differ in them, and have to agree on the twin.
+        yield from sorted(filter(None, hits), key=lambda hit: (-hit.covered, hit.rows is not None))
         for block in reversed(blocks):
             hits = [_hit(twin, tokens, limit) for twin in self._by_end.get(block, ())]
             yield from (hit for hit in hits if hit is not None and hit.rows is None)
