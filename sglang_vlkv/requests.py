@@ -148,7 +148,7 @@ class Requests:
     def at_row(self, row: int) -> RequestState | None:
         return self._by_row.get(row)
 
-    def add(self, request, plan: Plan, space: tuple) -> RequestState:
+    def add(self, request, plan: Plan, space: tuple = ()) -> RequestState:
         state = self._by_request[request] = RequestState(plan, plan, space)
         return state
 

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Iterator, NamedTuple
 
-import numpy as np
 import torch
 
 FIRST_NAME = 1 << 48  # no token's id is as large
@@ -293,8 +292,8 @@ def _hit(twin: Twin, tokens: array, limit: int) -> Hit | None:
     if enough and tokens[: twin.end] == twin.tokens:
         return Hit(twin, min(twin.end, limit))
     length = min(twin.end, len(tokens), limit)
-    mine, theirs = (np.frombuffer(path, dtype=np.int64)[:length] for path in (twin.tokens, tokens))
-    differing = np.flatnonzero(mine != theirs)
+    mine, theirs = (torch.frombuffer(path, dtype=torch.int64)[:length] for path in (twin.tokens, tokens))
+    differing = (mine != theirs).nonzero()
     common = int(differing[0]) if len(differing) else length
     if twin.whole or common <= twin.start:
         return None

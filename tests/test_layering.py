@@ -18,7 +18,8 @@ BELOW = {
     "merging": {"base"},
     "kernels": {"base", "kernels"},
     "policies": {"base", "budgets", "kernels", "policies"},
-    "requests": {"base"},
+    "twins": set(),
+    "requests": {"base", "twins"},
     "config": {"base", "policies"},
 }
 

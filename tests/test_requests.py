@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from sglang_vlkv.base import LayerScores, Modality, Prompt, Selection
+from sglang_vlkv.base import LayerScores, Modality, Prompt
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.pool import CellPool
 from sglang_vlkv.requests import Plan, Requests
@@ -23,8 +23,8 @@ LEFT_ALONE = Plan(PROMPT, left_alone="no image or video")
 def prefill_and_compact(state) -> None:
     state.queries[0] = [torch.zeros(1, 8, 100)]
     state.scores[0] = LayerScores(torch.zeros(2, 63), 5)
-    state.selection = Selection([torch.arange(4).expand(2, 4)], [0.5])
-    state.cells, state.kept_slots = [torch.arange(4)], 4
+    state.kept, state.kept_slots = [torch.arange(4).expand(2, 4)], 4
+    state.cells, state.pending = [torch.arange(4)], False
 
 
 def test_plan_says_whether_it_compacts_and_where_voting_begins():
@@ -57,12 +57,12 @@ def test_a_released_state_gives_up_its_row_and_tensors_and_keeps_what_the_report
     state = requests.add(request, COMPACTS)
     requests.take_row(state, 3)
     prefill_and_compact(state)
-    selection = state.selection
+    kept = state.kept
     requests.release_row(state)
     assert requests.at_row(3) is None and not list(requests.holders())
     assert state.row is None and state.cells is None and not state.queries and not state.scores
     assert requests.get(request) is state
-    assert state.selection is selection and state.kept_slots == 4
+    assert state.kept is kept and state.kept_slots == 4
 
 
 def test_a_retracted_request_starts_afresh_in_another_row():
@@ -73,7 +73,7 @@ def test_a_retracted_request_starts_afresh_in_another_row():
     requests.release_row(state)
     requests.take_row(state, 5)
     assert requests.at_row(5) is state and requests.at_row(3) is None
-    assert state.pending and state.selection is None and state.kept_slots == 0
+    assert state.pending and not state.kept and state.kept_slots == 0
     assert not state.queries and not state.scores
 
 
