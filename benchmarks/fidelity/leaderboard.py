@@ -131,7 +131,7 @@ class Board:
             f"{name}: {r['requests']} requests at {r['per_second']}/s" for name, r in record["rates"].items()
         )
         headline = ", ".join(self.summary["headline_tasks"])
-        seeds = f"{record['seeds'][0]} to {record['seeds'][1]}" + " (tuning)" * record["tuning"]
+        seeds = "{} to {}".format(*self.summary["seeds"]) + " (tuning)" * record["tuning"]
         lines = [
             f"    {record['command']}",
             "",
@@ -295,7 +295,7 @@ class Board:
         parts = [
             "From exact prefixes, the policy selects anew for every turn, out of the whole prompt. From "
             "twins, what it kept for turn 1 and every later token stay. Only questions that all three "
-            "answered; the difference is in points."
+            "answered; the difference is in points. Samples that only turns were asked for count here alone."
         ]
         order = list(FROM_TWINS)
         header = ["", "budget", "questions", "full", "exact", "kept %", "twins", "kept %", "twins - exact"]

@@ -285,6 +285,7 @@ def summary(records: Iterable[dict]) -> dict:
     everything = list(records)
     seeds = {r["seed"] for r in everything if r["task"] not in TURNS}
     table = Table(r for r in everything if r["task"] not in TURNS or not seeds or r["seed"] in seeds)
+    asked = sorted({r["seed"] for r in table.records})
     left_out = defaultdict(int)
     for r in everything:
         if "not_applicable" in r:
@@ -294,7 +295,8 @@ def summary(records: Iterable[dict]) -> dict:
         "tasks": table.tasks,
         "headline_tasks": table.headline,
         "requests": sum("not_applicable" not in r for r in everything),
-        "samples": len({r["seed"] for r in table.records}),
+        "samples": len(asked),
+        "seeds": [asked[0], asked[-1]],
         "later_turns": later_turns(Table(everything)),
         "headline": headlines(table),
         "paired": paired(table),
