@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -151,6 +152,77 @@ def test_rows_are_valid_policies_at_every_budget():
     assert {row.policy for row in rows.ROWS.values()} == set(policies()) - {"none", "given"}
     named = [name for pairs in rows.COMPARISONS.values() for pair in pairs for name in pair]
     assert {*named, *(name for a, b, _ in rows.PAPERS for name in (a, b)), rows.OURS} <= set(rows.ROWS)
+    assert all(rows.ROWS[name] == rows.ROWS[exact] for name, exact in rows.FROM_TWINS.items())
+
+
+def test_rows_from_twins_answer_turns_only():
+    names = ["vlkv", *rows.FROM_TWINS]
+    [single], turns = (questions.drawn(task, 100_000) for task in ("single", "turns"))
+    assert {job.row for job in run.jobs(single, names, (0.1,), True)} == {"vlkv"}
+    for turn in turns:
+        jobs = list(run.jobs(turn, names, None, False))
+        assert {job.row for job in jobs} == set(names)
+        assert {job.budget for job in jobs if job.row in rows.FROM_TWINS} == set(rows.CORE)
+
+
+@pytest.mark.parametrize(
+    "kind, tokens, earlier, counts",
+    [
+        ("cold", 0, None, True),
+        ("twin", 271, run.Asked(271, None), True),
+        ("twin", 270, run.Asked(271, None), False),
+        ("exact", 290, run.Asked(271, None), False),
+        ("twin", 290, run.Asked(271, "no twin"), False),
+    ],
+)
+def test_what_counts_as_answered_from_a_twin(kind, tokens, earlier, counts):
+    answer = Answer("", [], [], {"prefix": {"kind": kind, "tokens": tokens}})
+    assert (run.not_from_twin(answer, earlier) is None) == counts
+
+
+class FakeClient:
+    """Answers at once; ``kinds`` says from what, by salt."""
+
+    def __init__(self, kinds: dict[bool, str]) -> None:
+        self.kinds, self.asked = kinds, []
+
+    def ask(self, prompt, params, salt=None) -> Answer:
+        self.asked.append((salt, prompt.task))
+        kind = "exact" if prompt.task == "turn 1" else self.kinds[salt is not None]
+        report = {"policy": params["kv_policy"], "prompt_tokens": 271, "visual_tokens": 256}
+        return Answer("", [], [], report | {"prefix": {"kind": kind, "tokens": 271}})
+
+
+def ask_turns(client: FakeClient, records: run.Records) -> None:
+    names = ["vlkv", "vlkv, from twins"]
+    prompts = questions.drawn("turns", 100_000)
+    run.ask_all(client, "a", prompts, lambda p: run.jobs(p, names, (0.1,), True), records, workers=4)
+
+
+def test_turns_from_twins_are_asked_in_order_and_all_if_one_is_lacking(tmp_path):
+    client, records = FakeClient({True: "twin", False: "exact"}), run.Records(tmp_path, False, "c0ffee")
+    ask_turns(client, records)
+    own = [turn for salt, turn in client.asked if salt]
+    assert own == list(questions.TURNS) and len(client.asked) == 9
+    assert {r["commit"] for r in records.all} == {"c0ffee"} and len(records.all) == 9
+    assert {r["prefix"]["kind"] for r in records.all if r["row"] == "vlkv"} == {"exact"}
+    lacking = next(r for r in records.all if r["row"] in rows.FROM_TWINS and r["task"] == "turn 3")
+    records.done.remove(run.Records.key(lacking))
+    client.asked.clear()
+    ask_turns(client, records)
+    assert [turn for salt, turn in client.asked if salt] == list(questions.TURNS)
+    assert len(client.asked) == 6 and len(records.all) == 10
+
+
+def test_turns_that_no_twin_answered_do_not_count(tmp_path):
+    records = run.Records(tmp_path, resume=False)
+    ask_turns(FakeClient({True: "exact", False: "exact"}), records)
+    assert [r["task"] for r in records.all if "not_applicable" in r] == ["turn 2", "turn 3"]
+
+
+def test_an_exact_row_that_a_twin_answered_stops_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match="from a twin"):
+        ask_turns(FakeClient({True: "twin", False: "twin"}), run.Records(tmp_path, resume=False))
 
 
 @pytest.mark.parametrize("name, kept", [("oracle", 30 + 3), ("all-but-asked", 286 - 3), ("text-only", 30)])
@@ -226,6 +298,14 @@ def fabricated() -> list[dict]:
                         record["sparsity_per_layer"] = [0.5, 0.6, 0.7, 0.8]
                         record["kept_per_modality"] = {"text": 40, "image": 80}
                     records.append(record)
+    for turn, seed in itertools.product(questions.TURNS, range(100_000, 100_009)):
+        # Seeds that no other task has, and no question on which all twins are right.
+        for row, budget in [("full", None), ("vlkv", 0.1), ("vlkv, from twins", 0.1)]:
+            if row in rows.FROM_TWINS or seed >= 100_006:
+                exact = int(row not in rows.FROM_TWINS or seed % 3 == 0)
+                record = dict(checkpoint="a", task=turn, seed=seed, row=row, budget=budget, exact=exact)
+                record |= dict(agreement=float(exact), kl=0.5, items=float(exact), first_difference=None)
+                records.append(record | dict(kept=0.15 if row in rows.FROM_TWINS else 0.1, prompt_tokens=300))
     left = dict(checkpoint="a", task="multi@64", seed=100_000, row="h2o", budget=0.01)
     return [*records, left | {"not_applicable": "94 prompt tokens, fewer than min_prompt_tokens 100"}]
 
@@ -257,6 +337,25 @@ def test_summary(record):
     assert record["summary"]["not_applicable"][0]["n"] == 1
 
 
+def test_later_turns_count_seeds_that_other_tasks_lack_and_nothing_else_does(record):
+    summary = record["summary"]
+    assert summary["samples"] == 6
+    assert {e["n"] for e in summary["cells"] if e["row"] == "vlkv"} == {6}
+    assert not [e for e in summary["headline"] if e["row"] in rows.FROM_TWINS]
+    assert not [e for e in summary["paired"] if rows.FROM_TWINS.keys() & {e["a"], e["b"]}]
+    two, three = summary["later_turns"]
+    assert (two["row"], two["turn"], three["turn"], two["n"]) == ("vlkv, from twins", "turn 2", "turn 3", 9)
+    assert two["full"] == two["exact"] == [1.0, 1.0, 1.0]
+    assert (two["twins"][0], two["kept_twins"][0]) == (pytest.approx(1 / 3, abs=1e-4), 0.15)
+    mean, low, high = two["difference"]
+    assert mean == pytest.approx(-2 / 3, abs=1e-4) and low < mean < high < 0
+
+
+def test_questions_that_all_answered():
+    a, b = {("a", "turn 2"): {1: 0.0, 2: 1.0}, ("b", "turn 2"): {1: 1.0}}, {("a", "turn 2"): {2: 0.5, 3: 0.0}}
+    assert statistics.shared([a, b]) == [{("a", "turn 2"): {2: 1.0}}, {("a", "turn 2"): {2: 0.5}}]
+
+
 def test_leaderboard_format(record):
     text = leaderboard.render(record, {"A plot": "plot.png"})
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
@@ -271,6 +370,7 @@ def test_leaderboard_format(record):
     assert "| vlcache | decoys | all | 10% |" in text  # where vlkv loses
     assert "| vlcache : h2o |" in text and "no difference shown" in text
     assert "**+100.0 [+100.0, +100.0]**" in text
+    assert "| vlkv | 10% | 9 | 100 [100, 100] | 100 [100, 100] | 10.0 | 33 [" in text
     assert "94 prompt tokens" in text and "![A plot](plot.png)" in text
 
 
@@ -307,10 +407,15 @@ def test_quick(tmp_path):
     records = run.Records.read(tmp_path)
     assert not [r for r in records if "not_applicable" in r]
     by_row = {name: [r for r in records if r["row"] == name] for name in {r["row"] for r in records}}
-    assert {len(own) for own in by_row.values()} == {2 * result["samples"]}
+    twins = by_row.pop("vlkv, from twins")
+    assert len(twins) == 3 * result["samples"]
+    assert {r["prefix"]["kind"] for r in twins if r["task"] != "turn 1"} == {"twin"}
+    first = {r["seed"]: r["answer"] for r in by_row["vlkv"] if r["task"] == "turn 1"}
+    assert {r["seed"]: r["answer"] for r in twins if r["task"] == "turn 1"} == first
+    assert {len(own) for own in by_row.values()} == {5 * result["samples"]}
 
-    def mean(row: str, measure: str) -> float:
-        return float(np.mean([r[measure] for r in by_row[row]]))
+    def mean(row: str, measure: str) -> float:  # a later turn may read digits off earlier answers
+        return float(np.mean([r[measure] for r in by_row[row] if r["task"] in ("single", "multi")]))
 
     assert mean("full", "exact") >= 0.9
     assert mean("all-but-asked", "exact") <= 0.2 and mean("all-but-asked", "items") <= 0.3

@@ -15,14 +15,14 @@ from benchmarks import common
 from benchmarks.fidelity import leaderboard, plots, run, statistics
 from benchmarks.fidelity.client import Client
 from benchmarks.fidelity.questions import REPORT_SEEDS, SIZED, TASKS, TUNING_SEEDS, own
-from benchmarks.fidelity.rows import FILLED, FULL, REFERENCES, ROWS, custom_params
+from benchmarks.fidelity.rows import FILLED, FROM_TWINS, FULL, REFERENCES, ROWS, custom_params
 from sglang_vlkv.config import build_settings
 
 QUICK = {
     "checkpoints": ["a"],
-    "rows": ["oracle", "all-but-asked", "vlcache", "vlkv", "h2o", "random"],
+    "rows": ["oracle", "all-but-asked", "vlcache", "vlkv", "vlkv, from twins", "h2o", "random"],
     "budgets": [0.1],
-    "tasks": ["single", "multi"],
+    "tasks": ["single", "multi", "turns"],
     "samples": 12,
     "out": common.ROOT / "build" / "fidelity_quick",
 }
@@ -130,17 +130,18 @@ def main(arguments: list[str]) -> None:
     if before:
         if before["tuning"] != args.tuning:
             sys.exit(f"{path} holds {'tuning' if before['tuning'] else 'report'} seeds; use another --out")
-        last = {name: before[name] for name in ("date", "commit", "command")}
+        last = {name: before[name] for name in ("date", "commit", "command", "versions", "flags")}
         record["resumed"] = [*before.get("resumed", []), last]
         record["policies"] = before.get("policies", {})
         record["rates"] = before.get("rates", {})
-    records = run.Records(args.out, args.resume)
+        record["rows"] = before["rows"] | record["rows"]
+    records = run.Records(args.out, args.resume, record["commit"])
     for number, checkpoint in enumerate(["url"] if args.url else args.checkpoints):
         if not args.url:
             common.note(f"starting a server for checkpoint {Path(checkpoint).name}")
         with nullcontext() if args.url else run.serve(checkpoint) as server:
             client = Client(args.url or server.url)
-            info = client.info()
+            info = client.info(twins=not args.questions and any(row in FROM_TWINS for row in args.rows))
             label = Path(info["model_path"]).name if args.url else Path(checkpoint).name
             if args.questions:
                 prompts = own(args.questions)
@@ -155,11 +156,13 @@ def main(arguments: list[str]) -> None:
                 records,
                 args.workers,
             )
-        rate = dict(requests=progress.count, seconds=round(progress.seconds, 1))
         if progress.count:
-            rate["per_second"] = round(progress.count / progress.seconds, 1)
-            record.setdefault("rates", {})[label] = rate
-            common.note(f"{label}: {progress.count} requests, {rate['per_second']}/s")
+            last = record.setdefault("rates", {}).get(label, dict(requests=0, seconds=0.0))
+            rate = dict(requests=progress.count + last["requests"])
+            rate["seconds"] = round(progress.seconds + last["seconds"], 1)
+            rate["per_second"] = round(rate["requests"] / rate["seconds"], 1)
+            record["rates"][label] = rate
+            common.note(f"{label}: {progress.count} requests in {progress.seconds:.0f} s")
         start = time.monotonic()
         write(args.out, record, records)
         common.note(f"tables in {time.monotonic() - start:.0f} s")

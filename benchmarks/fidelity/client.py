@@ -9,6 +9,7 @@ import requests
 
 from benchmarks.fidelity.metrics import TOP, Answer
 from benchmarks.fidelity.questions import Prompt
+from sglang_vlkv.config import PREFER
 
 NONE = {"kv_policy": "none"}
 
@@ -31,24 +32,31 @@ class Client:
             self._local.session = requests.Session()
         return self._local.session
 
-    def info(self) -> dict:
+    def info(self, twins: bool = False) -> dict:
         """``/server_info``.
 
+        Args:
+            twins: whether turns are to be answered from twins.
+
         Raises:
-            RuntimeError: the server lets no request choose its policy.
+            RuntimeError: the server lets no request choose its policy, or prefers exact KV to twins.
         """
         response = self._session().get(self.url + "/server_info", timeout=60)
         response.raise_for_status()
         info = response.json()
-        if (info.get("kv_policy") or {}).get("allow_override") is not True:
+        running = info.get("kv_policy") or {}
+        if running.get("allow_override") is not True or (twins and running["twins"] != PREFER):
             raise RuntimeError(
-                f"{self.url} lets no request choose its policy. Start it with --kv-policy none "
-                '--kv-policy-config \'{"allow_override": true}\'.'
+                f"{self.url} lets no request choose its policy, or answers no turn from twins. Start it "
+                'with --kv-policy none --kv-policy-config \'{"allow_override": true, "twins": "prefer"}\'.'
             )
         return info
 
-    def ask(self, prompt: Prompt, custom_params: dict) -> Answer:
+    def ask(self, prompt: Prompt, custom_params: dict, salt: str | None = None) -> Answer:
         """One greedy answer.
+
+        Args:
+            salt: requests with others share no KV with this one.
 
         Raises:
             RuntimeError: the server refused or failed.
@@ -61,6 +69,7 @@ class Client:
                 "temperature": 0,
                 "max_tokens": prompt.max_tokens,
                 "custom_params": custom_params,
+                "cache_salt": salt,
                 "return_meta_info": True,
                 "logprobs": True,
                 "top_logprobs": TOP,

@@ -7,7 +7,7 @@ from typing import Iterable
 
 from benchmarks.common import table
 from benchmarks.fidelity.questions import SIZED, family
-from benchmarks.fidelity.rows import COMPARISONS, FILLED, FULL, OURS, PAPERS, REFERENCES, ROWS
+from benchmarks.fidelity.rows import COMPARISONS, FILLED, FROM_TWINS, FULL, OURS, PAPERS, REFERENCES, ROWS
 from benchmarks.fidelity.statistics import ALL, wilson
 
 MAIN = 0.1  # the budget of the tables that show one
@@ -82,8 +82,9 @@ class Board:
         return entry["exact"][0] if entry else -1.0
 
     def rows(self, budget: float | None, references: bool = False) -> list[str]:
-        """The rows that were measured at ``budget``, best headline first."""
-        rows = dict.fromkeys(e["row"] for e in self.summary["cells"] if e["budget"] == budget)
+        """The rows that were measured at ``budget``, but for those from twins; best headline first."""
+        measured = (e["row"] for e in self.summary["cells"] if e["budget"] == budget)
+        rows = dict.fromkeys(row for row in measured if row not in FROM_TWINS)
         if references:
             rows |= dict.fromkeys(e["row"] for e in self.summary["cells"] if e["budget"] is None)
         return sorted(rows, key=lambda row: -self.score(row, budget))
@@ -116,6 +117,7 @@ class Board:
             yield f"Where {OURS} loses", self.losses()
             yield "Decoys", self.decoys()
             yield "Pictures of other sizes", self.sizes()
+            yield "Turns: from exact prefixes and from twins", self.later_turns()
             yield "One thing changed", self.comparisons()
             yield "Beside the papers' orderings", self.papers()
         yield "Not applicable", self.left_out()
@@ -129,12 +131,12 @@ class Board:
             f"{name}: {r['requests']} requests at {r['per_second']}/s" for name, r in record["rates"].items()
         )
         headline = ", ".join(self.summary["headline_tasks"])
-        seeds = f"{record['seeds'][0]} to {record['seeds'][1]}" + " (tuning)" * record["tuning"]
+        seeds = "{} to {}".format(*self.summary["seeds"]) + " (tuning)" * record["tuning"]
         lines = [
             f"    {record['command']}",
             "",
             f"Commit {record['commit'][:12]}{'-dirty' * record['commit'].endswith('-dirty')}, {versions}, "
-            f"{record['cores']} cores of {record['cpu']}, {record['date']}. {record['samples']} samples per "
+            f"{record['cores']} cores of {record['cpu']}, {record['date']}. {self.summary['samples']} samples per "
             f"task and checkpoint, seeds {seeds}; checkpoints {', '.join(self.checkpoints)}. {rates}.",
             "",
             f"Headline: the mean of exact answers over {headline}. Means over checkpoints weigh them "
@@ -284,6 +286,28 @@ class Board:
                 if any(found):
                     lines.append([row, *(interval(e) if e else "-" for e in found)])
             parts.append(f"At {label(budget)}:\n\n" + table(["row", *wanted], lines))
+        return "\n\n".join(parts)
+
+    def later_turns(self) -> str:
+        entries = self.summary["later_turns"]
+        if not entries:
+            return "Not measured."
+        parts = [
+            "From exact prefixes, the policy selects anew for every turn, out of the whole prompt. From "
+            "twins, what it kept for turn 1 and every later token stay. Only questions that all three "
+            "answered; the difference is in points. Samples that only turns were asked for count here alone."
+        ]
+        order = list(FROM_TWINS)
+        header = ["", "budget", "questions", "full", "exact", "kept %", "twins", "kept %", "twins - exact"]
+        for turn in dict.fromkeys(e["turn"] for e in entries):
+            own = [e for e in entries if e["turn"] == turn]
+            lines = [
+                [FROM_TWINS[e["row"]], label(e["budget"]), str(e["n"]), interval(e["full"])]
+                + [interval(e["exact"]), f"{100 * e['kept_exact'][0]:.1f}"]
+                + [interval(e["twins"]), f"{100 * e['kept_twins'][0]:.1f}", points(e["difference"])]
+                for e in sorted(own, key=lambda e: (order.index(e["row"]), e["budget"]))
+            ]
+            parts.append(f"{turn.capitalize()}:\n\n{table(header, lines)}")
         return "\n\n".join(parts)
 
     def comparisons(self) -> str:

@@ -57,6 +57,15 @@ ROWS: dict[str, Row] = {name: Row(name) for name in policies() if name not in ("
     "h2o mean": Row("h2o", {"importance": "mean"}),
 }
 
+# Rows that answer later turns from the twins of the turns before -> what they are without.
+FROM_TWINS: dict[str, str] = {
+    f"{name}, from twins": name
+    for name in (
+        "vlkv", "vlkv draft 8", "vlcache", "vlcache last turn", "h2o", "snapkv", "elastic", "random",
+    )
+}  # fmt: skip
+ROWS |= {name: ROWS[exact] for name, exact in FROM_TWINS.items()}
+
 # topic -> pairs (a, b) that differ in nothing else.
 COMPARISONS: dict[str, tuple[tuple[str, str], ...]] = {
     "Merging what loses, or discarding it": (

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -16,10 +16,11 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 from benchmarks.common import note
 from benchmarks.fidelity.client import NONE, Client
 from benchmarks.fidelity.metrics import Answer, measure
-from benchmarks.fidelity.questions import VIDEO_FPS, VIDEO_FRAMES, Prompt, drawn
+from benchmarks.fidelity.questions import TURNS, VIDEO_FPS, VIDEO_FRAMES, Prompt, drawn
 from benchmarks.fidelity.rows import (
     CORE,
     FILLED,
+    FROM_TWINS,
     FULL,
     GRID,
     REFERENCES,
@@ -35,7 +36,7 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 # frames per second, and its temporal positions are truncated to 0 where frames are a second apart.
 VIDEO = {"video": {"video_metadata": [{"fps": VIDEO_FPS, "total_num_frames": VIDEO_FRAMES}]}}
 FLAGS = (
-    "--kv-policy", "none", "--kv-policy-config", '{"allow_override": true}',
+    "--kv-policy", "none", "--kv-policy-config", '{"allow_override": true, "twins": "prefer"}',
     "--max-total-tokens", "65536", "--mm-preprocess-cache-size-mb", "256",
     "--mm-process-config", json.dumps(VIDEO),
 )  # fmt: skip
@@ -75,6 +76,9 @@ def jobs(
         if name in REFERENCES:
             yield Job(name, None)
             continue
+        if name in FROM_TWINS:
+            yield from (Job(name, budget) for budget in budgets or CORE if prompt.task in TURNS)
+            continue
         variant = name == FILLED or ROWS[name].is_variant
         own = (GRID, CORE, VARIANT)[variant + (not first)]
         if "@" in prompt.task:
@@ -99,18 +103,41 @@ def not_applicable(answer: Answer) -> str | None:
     return answer.report.get("reason") if answer.report["policy"] == "none" else None
 
 
+def not_from_twin(answer: Answer, earlier: Asked | None) -> str | None:
+    """Why ``answer`` does not stand on what turn 1 left; None where it is turn 1.
+
+    Args:
+        earlier: the turn before.
+    """
+    if earlier is None:
+        return None
+    prefix = answer.report["prefix"]
+    if prefix["kind"] != "twin" or prefix["tokens"] < earlier.first_prompt:
+        return "no twin fits the reference's answers"
+    return earlier.reason and "the turn before was not answered from a twin"
+
+
+class Asked(NamedTuple):
+    """What the next turn must know of one: tokens of the first turn's prompt, and why it is not
+    applicable, if it is not."""
+
+    first_prompt: int
+    reason: str | None
+
+
 class Records:
     """The raw records, one JSON line each, appended as they come.
 
     Args:
         folder: holds ``records.jsonl`` while the run lasts, ``records.jsonl.gz`` afterwards.
         resume: keep what an earlier run left there.
+        commit: of the code that new records are from.
     """
 
-    def __init__(self, folder: Path, resume: bool) -> None:
+    def __init__(self, folder: Path, resume: bool, commit: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._packed = folder / "records.jsonl", folder / "records.jsonl.gz"
-        self._lock = threading.Lock()
+        self._lock, self._commit = threading.Lock(), commit
         self.all: list[dict] = self.read(folder) if resume else []
         self.done: set[Key] = {self.key(record) for record in self.all}
         self.configs: dict[str, str] = {}
@@ -132,6 +159,8 @@ class Records:
         return tuple(record[name] for name in ("checkpoint", "task", "seed", "row", "budget"))
 
     def add(self, record: dict) -> None:
+        if self._commit:
+            record = record | {"commit": self._commit}
         with self._lock:
             self.done.add(self.key(record))
             self.all.append(record)
@@ -178,20 +207,33 @@ def ask_all(
 ) -> Progress:
     """Sends what ``records`` lacks, all rows of a prompt together so that its prefix is hot.
 
+    Rows from twins have a cache of their own, so that no other row's exact KV reaches further than
+    their twins, and their turns are asked one after another, all if one is lacking.
+
     Raises:
-        RuntimeError: the server refused or failed a request.
+        RuntimeError: the server refused or failed a request, or answered another row from a twin.
     """
 
     def key(prompt: Prompt, job: Job) -> Key:
         return (checkpoint, prompt.task, prompt.seed, *job)
 
-    todo = [(p, [j for j in jobs_of(p) if key(p, j) not in records.done]) for p in prompts]
-    todo = [(p, js) for p, js in todo if js or key(p, Job(FULL, None)) not in records.done]
-    progress = Progress(checkpoint, sum(1 + len(js) for _, js in todo))
+    def lacks(prompt: Prompt, job: Job) -> bool:
+        tasks = TURNS if job.row in FROM_TWINS else (prompt.task,)
+        return any(key(prompt._replace(task=task), job) not in records.done for task in tasks)
 
-    def add(prompt: Prompt, job: Job, answer: Answer, full: Answer) -> None:
+    todo = [(p, [j for j in jobs_of(p) if lacks(p, j)]) for p in prompts]
+    todo = [(p, js) for p, js in todo if js or lacks(p, Job(FULL, None))]
+    progress = Progress(checkpoint, sum(1 + len(js) for _, js in todo))
+    latest: dict[tuple[int, Job], Future[Asked]] = {}  # by seed; of rows from twins
+
+    def add(prompt: Prompt, job: Job, answer: Answer, full: Answer, earlier: Asked | None = None) -> Asked:
         record = dict(zip(("checkpoint", "task", "seed", "row", "budget"), key(prompt, job)))
+        record["prefix"] = answer.report["prefix"]
         reason = not_applicable(answer) if job.row != FULL else None
+        if job.row in FROM_TWINS:
+            reason = reason or not_from_twin(answer, earlier)
+        elif record["prefix"]["kind"] == "twin":
+            raise RuntimeError(f"{key(prompt, job)} was answered from a twin: its exact KV was evicted")
         if reason:
             record["not_applicable"] = reason
         else:
@@ -202,14 +244,18 @@ def ask_all(
         if key(prompt, job) not in records.done:
             records.add(record)
         progress.step()
+        return Asked(earlier.first_prompt if earlier else answer.report["prompt_tokens"], reason)
 
     def ask_full(prompt: Prompt) -> Answer:
         full = client.ask(prompt, NONE)
         add(prompt, Job(FULL, None), full, full)
         return full
 
-    def ask(prompt: Prompt, job: Job, full: Answer) -> None:
-        add(prompt, job, client.ask(prompt, params_of(job, prompt, full)), full)
+    def ask(prompt: Prompt, job: Job, full: Answer, before: Future[Asked] | None) -> Asked:
+        earlier = before and before.result()  # it was submitted earlier, so some worker has it
+        salt = f"{job.row} {job.budget}" if job.row in FROM_TWINS else None
+        answer = client.ask(prompt, params_of(job, prompt, full), salt)
+        return add(prompt, job, answer, full, earlier)
 
     with ThreadPoolExecutor(workers) as pool:
         source, ahead, sent = iter(todo), deque(), deque()
@@ -220,7 +266,10 @@ def ask_all(
                 break
             prompt, own, full = ahead.popleft()
             for job in own:
-                sent.append(pool.submit(ask, prompt, job, full.result()))
+                before = latest.get((prompt.seed, job))
+                sent.append(pool.submit(ask, prompt, job, full.result(), before))
+                if job.row in FROM_TWINS:
+                    latest[prompt.seed, job] = sent[-1]
                 if len(sent) > 4 * workers:  # what fails is not found much later
                     sent.popleft().result()
         for answer in sent:

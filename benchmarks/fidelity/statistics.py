@@ -14,8 +14,8 @@ from zlib import crc32
 
 import numpy as np
 
-from benchmarks.fidelity.questions import COLUMNS, HEADLINE, family
-from benchmarks.fidelity.rows import COMPARISONS, CORE, OURS, PAPERS
+from benchmarks.fidelity.questions import COLUMNS, HEADLINE, TURNS, family
+from benchmarks.fidelity.rows import COMPARISONS, CORE, FROM_TWINS, FULL, OURS, PAPERS
 
 RESAMPLES = 1000
 MEASURES = ("exact", "items", "agreement", "kl")
@@ -108,6 +108,13 @@ def difference(a: Values, b: Values) -> Values:
     }
 
 
+def shared(values: Sequence[Values]) -> list[Values]:
+    """The same, on the questions that all have."""
+    keys = [key for key in values[0] if all(key in own for own in values)]
+    seeds = {key: set.intersection(*(set(own[key]) for own in values)) for key in keys}
+    return [{key: {seed: own[key][seed] for seed in sorted(seeds[key])} for key in keys} for own in values]
+
+
 class Table:
     """All records, by row and budget."""
 
@@ -122,7 +129,7 @@ class Table:
         self._values: dict[tuple, Values] = {}
         for record in self.measured:
             self._by_key[record["row"], record["budget"]].append(record)
-            for measure in MEASURES:
+            for measure in (*MEASURES, "kept"):
                 if measure in record:
                     values = self._values.setdefault((record["row"], record["budget"], measure), {})
                     column = values.setdefault((record["checkpoint"], record["task"]), {})
@@ -227,7 +234,7 @@ def paired(table: Table) -> list[dict]:
     ``scope`` is ``headline``, per checkpoint and over all of them, or a task, over all.
     """
     rows = list(dict.fromkeys(row for row, _ in table.keys))
-    pairs = [(OURS, row) for row in rows if row != OURS]
+    pairs = [(OURS, row) for row in rows if row != OURS and row not in FROM_TWINS]
     pairs += [pair for topic in COMPARISONS.values() for pair in topic] + [(a, b) for a, b, _ in PAPERS]
     result = []
     for a, b in dict.fromkeys(pairs):
@@ -244,18 +251,53 @@ def paired(table: Table) -> list[dict]:
     return result
 
 
+def later_turns(table: Table) -> list[dict]:
+    """Exact matches from twins, from exact KV and of the full cache, over all checkpoints.
+
+    Per row from twins, budget and turn, on the questions that all three answered.
+    """
+    result = []
+    for row, budget in table.keys:
+        if row not in FROM_TWINS:
+            continue
+        exact = FROM_TWINS[row]
+        asked = {
+            "twins": (row, "exact"), "exact": (exact, "exact"), "full": (FULL, "exact"),
+            "kept_twins": (row, "kept"), "kept_exact": (exact, "kept"),
+        }  # fmt: skip
+        own = shared([table.values(name, budget, measure) for name, measure in asked.values()])
+        measures = dict(zip(asked, own)) | {"difference": difference(own[0], own[1])}
+        for turn in TURNS[1:]:
+            count = sum(len(seeds) for (_, task), seeds in own[0].items() if task == turn)
+            if count:
+                entry = dict(row=row, budget=budget, turn=turn, n=count)
+                for name, values in measures.items():
+                    entry[name] = table.estimate(values, ALL, [turn]).rounded()
+                result.append(entry)
+    return result
+
+
 def summary(records: Iterable[dict]) -> dict:
-    """Every aggregate, as JSON values."""
-    table = Table(records)
+    """Every aggregate, as JSON values.
+
+    ``later_turns`` counts all samples, the rest of the turns' only those that other tasks have too.
+    """
+    everything = list(records)
+    seeds = {r["seed"] for r in everything if r["task"] not in TURNS}
+    table = Table(r for r in everything if r["task"] not in TURNS or not seeds or r["seed"] in seeds)
+    asked = sorted({r["seed"] for r in table.records})
     left_out = defaultdict(int)
-    for r in table.records:
+    for r in everything:
         if "not_applicable" in r:
             left_out[r["row"], r["budget"], r["task"], r["not_applicable"]] += 1
     return {
         "checkpoints": table.checkpoints,
         "tasks": table.tasks,
         "headline_tasks": table.headline,
-        "requests": len(table.measured),
+        "requests": sum("not_applicable" not in r for r in everything),
+        "samples": len(asked),
+        "seeds": [asked[0], asked[-1]],
+        "later_turns": later_turns(Table(everything)),
         "headline": headlines(table),
         "paired": paired(table),
         "cells": cells(table),
