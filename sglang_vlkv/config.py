@@ -64,7 +64,7 @@ class Settings:
     allow_override: bool | list[str] = False
     min_budget: float = 0.01
     max_budget: float = 1.0
-    twins: str = FALLBACK
+    twins: str = RESUME
     max_twins: float = 0.5
 
     def __post_init__(self) -> None:

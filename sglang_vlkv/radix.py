@@ -195,7 +195,8 @@ class TwinRadixCache(UnifiedRadixCache):
         else:
             state.cells, state.kept = hit.cells(), hit.positions(n)
             rows = sum(layer.shape[1] for layer in state.kept)
-            state.kept_slots = -(-rows // self.pool.layer_num) + max(0, n - state.first_own)
+            own = 0 if state.pending else max(0, n - state.first_own)
+            state.kept_slots = -(-rows // self.pool.layer_num) + own
         self.hold(req, state, twin, hit.rows)
         self.twins.hits += 1
 
@@ -250,9 +251,8 @@ class TwinRadixCache(UnifiedRadixCache):
     def _leave(self, req: Req, state: RequestState) -> Twin:
         """Leaves the rows of the request's own tokens behind as a twin; the last piece of its path."""
         kv, parent = req.kv, state.twin
-        # The last output of a retracted request is computed again, for what comes after it.
-        known = len(req.origin_input_ids) + len(req.output_ids) - (not req.finished())
-        end = min(req.owned_kv_len(), known)
+        # The last output token's KV is there under overlap scheduling only; whoever goes on computes it.
+        end = min(req.owned_kv_len(), len(req.origin_input_ids) + len(req.output_ids) - 1)
         start = kv.cache_protected_len if state.sliding else max(state.first_own, kv.cache_protected_len)
         if state.pending or end <= start:
             return parent

@@ -131,7 +131,8 @@ class RequestState:
     @property
     def is_final(self) -> bool:
         """It is neither a draft nor without the one that was to vote for its rows."""
-        return not self.asked.writes_draft and (not self.asked.reads_draft or self.draft_rows > 0)
+        due = bool(self.asked.reads_draft) and self.plan.compacts
+        return not self.asked.writes_draft and (self.draft_rows > 0 or not due)
 
 
 class Requests:
