@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -47,6 +49,63 @@ def any_policy(tmp_path_factory):
     with Server(*POOL, "--kv-policy", "none", "--kv-policy-config", allow, env=env) as server:
         yield server
         assert server.alive(), server.log()[-4000:]
+
+
+TIGHT = ("--schedule-conservativeness", "0.01")
+# By name: slots of the pool, --kv-policy-config beside allow_override, flags, environment.
+FLEET = {
+    "prefer": (24000, {"twins": "prefer"}, (), {}),
+    "fallback": (3000, {}, TIGHT, {}),
+    "resume": (6000, {"twins": "resume", "max_twins": 0.1}, TIGHT, {"SGLANG_TEST_RETRACT": "1"}),
+    "off": (3000, {"twins": "off"}, TIGHT, {}),
+    "mixed": (3000, {"twins": "prefer"}, (*TIGHT, "--enable-mixed-chunk", "--chunked-prefill-size", "128"), {}),
+    "no overlap": (3000, {}, (*TIGHT, "--disable-overlap-schedule", "--chunked-prefill-size", "96"), {}),
+}  # fmt: skip
+
+
+class Fleet:
+    """One server for each way to keep twins; requests may choose their policy.
+
+    What the others are compared with, "prefer" in a large pool, stays once it is up. Of the others
+    one runs at a time: memory is short.
+    """
+
+    def __init__(self) -> None:
+        self._servers: dict[str, Server] = {}
+
+    def __getitem__(self, name: str) -> Server:
+        if name not in self._servers:
+            for other in set(self._servers) - {"prefer"} if name != "prefer" else ():
+                self.stop(other)
+            size, config, flags, env = FLEET[name]
+            config = json.dumps({"allow_override": True} | config)
+            pool = ("--max-total-tokens", str(size), "--decode-log-interval", "1")
+            flags = (*pool, "--kv-policy", "vlcache", "--kv-policy-config", config, *flags)
+            self._servers[name] = Server(*flags, env=env)
+        return self._servers[name]
+
+    def stop(self, name: str) -> None:
+        server = self._servers.pop(name)
+        alive, log = server.alive(), server.log()
+        server.stop()
+        assert alive, f"{name}: {log[-4000:]}"
+
+    def stop_all(self) -> None:
+        try:
+            for name in list(self._servers):
+                self.stop(name)
+        finally:
+            for server in self._servers.values():
+                server.stop()
+
+
+@pytest.fixture(scope="session")
+def fleet():
+    servers = Fleet()
+    try:
+        yield servers
+    finally:
+        servers.stop_all()
 
 
 @pytest.fixture(scope="session")

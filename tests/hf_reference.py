@@ -122,6 +122,46 @@ class Reference:
             position += 1
         return self._answer(tokens, logprobs)
 
+    @torch.no_grad()
+    def logprobs_behind(
+        self, prompt: Prompt, answer: str, compactions: list[tuple[int, list[list[list[int]]]]]
+    ) -> list[float]:
+        """Logprobs of the tokens of ``answer``, whose row and head masks say what was compacted.
+
+        Args:
+            compactions: in the order of their ends: positions from ``end`` on see, of those before
+                it, only the ``kept`` ones, ``[layer][kv head]``.
+        """
+        length = self.inputs(prompt).input_ids.shape[1]
+        inputs = self.processor(
+            text=[prompt.body()["text"] + answer], images=list(prompt.images) or None, return_tensors="pt"
+        )
+        n, group = inputs.input_ids.shape[1], self.num_heads // self.num_kv_heads
+        assert n - length == len(answer), "the answer is not one token per character"
+
+        def hook_of(layer: int):
+            visible = torch.ones(self.num_heads, n, n, dtype=torch.bool).tril()
+            for end, kept in compactions:
+                for head in range(self.num_heads):
+                    lost = torch.ones(end, dtype=torch.bool)
+                    lost[kept[layer][head // group]] = False
+                    visible[head, end:, :end] &= ~lost
+            mask = torch.zeros(1, self.num_heads, n, n).masked_fill(~visible, -torch.inf)
+            return lambda _module, args, kwargs: (args, kwargs | {"attention_mask": mask})
+
+        layers = self.model.model.language_model.layers
+        handles = [
+            layer.self_attn.register_forward_pre_hook(hook_of(i), with_kwargs=True)
+            for i, layer in enumerate(layers)
+        ]
+        try:
+            logits = self.model(**inputs).logits[0, length - 1 : -1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = inputs.input_ids[0, length:]
+        return logits.log_softmax(-1)[torch.arange(n - length), tokens].tolist()
+
     @staticmethod
     def _merged(rows: torch.Tensor, kept: list[int], sinks: int, n: int) -> torch.Tensor:
         buckets = {anchor: [rows[anchor]] for anchor in kept}
