@@ -224,11 +224,15 @@ class Compactor:
         pieces = [state.kept, twin.positions, newest] if state.kept else [twin.positions, newest]
         state.kept = [torch.cat(layer, dim=1) for layer in zip(*pieces)]
         state.kept_slots += len(twin.slots) + max(sliding)
-        state.cells, state.first_own = twin.seen, n
+        if state.cells is None:
+            state.cells = twin.cells
+        else:
+            state.cells = [torch.cat(both) for both in zip(state.cells, twin.cells, strict=True)]
+        state.first_own = n
         state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
         state.scores, state.pending = {}, False
         tree.hold(req, state, twin)
-        tree.twins.double(twin)
+        tree.twins.exact_is_there(twin)
         tree.unlock(req.lock)
         req.lock = lock
         return True
@@ -243,34 +247,31 @@ class Compactor:
         self, req: Req, state: RequestState, selection: Selection, num_fixed: list[int], slides: bool
     ) -> Twin:
         """The piece that the rows that never slide will be, without its slots."""
-        lasting = self._tree.outlives(state)
+        lasting = self._tree.outlives(req, state) and not slides
         pairs = zip(selection.kept, num_fixed, strict=True)
         return Twin(
-            state.space if state.is_final else (*state.space, "draft"),
-            req.origin_input_ids[: state.plan.end],
+            self._tree.space_of(req, state),
             state.plan.start,
+            req.origin_input_ids[state.plan.start : state.plan.end],
             state.plan.end,
-            seen=[],
+            cells=[],
             positions=[(kept[:, :count] + state.plan.start).to(torch.int32) for kept, count in pairs],
             slots=torch.empty(0),
             parent=state.twin,
             parent_rows=state.twin_rows,
             lossy_end=state.plan.end,
-            whole=state.plan.policy.merge != "none",
-            findable=lasting and not slides,
-            lasting=lasting and not slides,
+            all_or_nothing=state.plan.policy.merge != "none",
+            lasting=lasting,
             sparsity=selection.sparsity,
         )
 
     def _fill(self, twin: Twin, slots: torch.Tensor, item: Gathered) -> None:
         """Puts the rows that never slide into ``slots``, which become the twin's."""
-        pool, before = self._pool, item.state.cells
-        cells = pool.packed_cells(slots, twin.num_own)
-        for layer, at in enumerate(cells):
+        pool = self._pool
+        twin.slots, twin.cells = slots, pool.packed_cells(slots, twin.num_rows)
+        for layer, at in enumerate(twin.cells):
             scatter_rows(pool.k_cells, at, item.keys[layer][: len(at)])
             scatter_rows(pool.v_cells, at, item.values[layer][: len(at)])
-        twin.slots = slots
-        twin.seen = cells if before is None else [torch.cat(both) for both in zip(before, cells)]
 
     def _retract(self, scheduler: Scheduler, batch: ScheduleBatch, reqs: list[Req]) -> None:
         logger.warning(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Iterable
 
 import torch
+from sglang.srt.disaggregation.kv_events import BlockRemoved, BlockStored
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     EvictResult,
@@ -24,7 +26,7 @@ from sglang_vlkv.config import FALLBACK, OFF, PREFER, RESUME, Settings
 from sglang_vlkv.planning import Planner
 from sglang_vlkv.pool import CellPool
 from sglang_vlkv.requests import Plan, Requests, RequestState
-from sglang_vlkv.twins import FIRST_NAME, Hit, Slides, Twin, Twins
+from sglang_vlkv.twins import Hit, Slides, Twin, Twins
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from sglang_vlkv.compaction import Compactor
 
 BACKEND = "vlkv"
-NAMESPACE = "sglang_vlkv.twins"  # extra_key of the twins' keys
+NAMESPACE = uuid.uuid4().hex  # extra_key of the twins' keys, which clients must not guess
 
 
 class TwinRadixCache(UnifiedRadixCache):
@@ -55,6 +57,7 @@ class TwinRadixCache(UnifiedRadixCache):
     def __init__(self, params) -> None:
         self.twins = Twins()
         self.decoding = []
+        self._unannounced: set[int] = set()  # hashes in KV events
         self._pins: dict[Req, tuple[Twin, TreeLock]] = {}  # oldest first
         super().__init__(params)
 
@@ -62,6 +65,7 @@ class TwinRadixCache(UnifiedRadixCache):
         super().reset()
         self.twins.clear()
         self._pins.clear()
+        self._unannounced.clear()
 
     @property
     def pool(self) -> CellPool:
@@ -108,26 +112,29 @@ class TwinRadixCache(UnifiedRadixCache):
         tokens, mode = key.token_ids, self.settings.twins
         if mode == OFF or not state.asked.compacts or state.row is not None or not tokens:
             return None
-        n = len(req.origin_input_ids)
         # Input logprobs want their tokens computed; SGLang's own limit also counts outputs as such.
         wanted = req.logprob_start_len if req.return_logprob else -1
-        limit = min(len(tokens) - 1, wanted if 0 <= wanted < n else len(tokens))
-        left = state.left
-        if left is not None and not req.output_ids:
-            return None  # retracted before its first token, which only exact KV gives again
-        while left is not None and not (left in self.twins and left.findable):
-            left = left.parent
-        if left is not None and left.num_prompt == n <= left.end <= limit:
-            return Hit(left, left.end)  # its own, from before its retraction
-        exact = None
-        for hit in self.twins.find(state.space, tokens, limit):
-            if exact is None:
-                whole = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
-                exact = self.tree_core.match_full_device_prefix(whole)[0]
+        limit = min(len(tokens) - 1, wanted if 0 <= wanted < len(req.origin_input_ids) else len(tokens))
+        if state.left is not None:
+            if not req.output_ids:
+                return None  # retracted before its first token, which only exact KV gives again
+            if (own := self._own_hit(state.left, limit)) is not None:
+                return own
+        whole = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
+        exact = self.tree_core.match_full_device_prefix(whole)[0]
+        for hit in self.twins.find(state.space, tokens, limit, beyond=exact + 1):
             reaches = hit.covered if mode == PREFER else hit.lossy_end
             if reaches > exact and (mode != RESUME or self._is_whole_prompt(req, hit)):
                 return hit
         return None
+
+    def _own_hit(self, hit: Hit, limit: int) -> Hit | None:
+        """What is left of a retracted request's rows; what it computed behind them it can compute again."""
+        while hit.covered > limit or not (hit.twin in self.twins and hit.twin.lasting):
+            if not hit.twin.is_run or hit.twin.parent is None:
+                return None
+            hit = Hit(hit.twin.parent, hit.twin.start, hit.twin.parent_rows)
+        return hit
 
     @staticmethod
     def _is_whole_prompt(req: Req, hit: Hit) -> bool:
@@ -166,7 +173,7 @@ class TwinRadixCache(UnifiedRadixCache):
             self.requests.take_row(state, row)
             state.prefix_tokens = req.prefix_len
             state.prefix_kind = "exact" if req.prefix_len else "cold"
-            if state.hit is not None:
+            if state.hit is not None and req.prefix_len:  # SGLANG_RADIX_FORCE_MISS may have undone it
                 self._go_on_from(req, state, state.hit)
         tags = self.pool.tags
         slots = self.req_to_token_pool.req_to_token[row, req.prefix_len : req.extend_end].long()
@@ -187,7 +194,7 @@ class TwinRadixCache(UnifiedRadixCache):
         state.plan, state.pending, state.rows_lost = state.hit_plan, state.hit_plan.compacts, hit.rows_lost
         # Of a prompt that was computed again for its last token's logits, that token's row is there.
         state.first_own = hit.covered if hit.rows is not None else max(hit.covered, twin.end)
-        if slides is not None and self._is_whole_prompt(req, hit):
+        if slides is not None and self._is_whole_prompt(req, hit) and req.extend_end == hit.covered + 1:
             state.cells, state.sliding, state.evicted = slides.cells, slides.rows, hit.covered
             state.kept, state.kept_slots = slides.kept, slides.kept_slots
             newest = slice(hit.covered - len(slides.slots), hit.covered)
@@ -237,66 +244,72 @@ class TwinRadixCache(UnifiedRadixCache):
             return False
         held = 0 if self.disable else state.twin.num_slots
         state.last_slots = held + req.kv.kv_allocated_len - req.kv.cache_protected_len
-        if not self.disable and self.outlives(state):
+        if not self.disable and self.outlives(req, state):
             state.left = self._leave(req, state)
             if req.output_ids and not req.finished():
                 # Lost output rows can be computed again behind the prompt's; sliding rows cannot.
-                self._pin(req, state.left if state.sliding else state.twin)
+                self._pin(req, state.left.twin if state.sliding else state.twin)
         return False
 
-    def outlives(self, state: RequestState) -> bool:
+    def outlives(self, req: Req, state: RequestState) -> bool:
         """Whether the rows of ``state`` stay when it ends."""
-        return self.settings.twins != OFF and state.is_final
+        return self.settings.twins != OFF and self.space_of(req, state) == state.space
 
-    def _leave(self, req: Req, state: RequestState) -> Twin:
-        """Leaves the rows of the request's own tokens behind as a twin; the last piece of its path."""
-        kv, parent = req.kv, state.twin
+    def space_of(self, req: Req, state: RequestState) -> tuple:
+        """Who may use what ``state`` leaves; nobody else where more than the path has shaped it."""
+        skips = req.skip_radix_cache_insert if state.twin is None else state.skips_insert
+        due = bool(state.asked.reads_draft) and state.plan.compacts
+        ordinary = not (skips or state.asked.writes_draft or (due and not state.draft_rows))
+        return state.space if ordinary else (*state.space, req.rid)
+
+    def _leave(self, req: Req, state: RequestState) -> Hit:
+        """Leaves the rows of the request's own tokens behind as a run; where its path ends then."""
+        kv, parent = req.kv, Hit(state.twin, state.first_own, state.twin_rows)
         # The last output token's KV is there under overlap scheduling only; whoever goes on computes it.
         end = min(req.owned_kv_len(), len(req.origin_input_ids) + len(req.output_ids) - 1)
         start = kv.cache_protected_len if state.sliding else max(state.first_own, kv.cache_protected_len)
         if state.pending or end <= start:
             return parent
-        row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
-        slots = row[start:end].clone()
-        newest = row[max(0, end + 1 - max(state.sliding)) : end].clone() if state.sliding else slots
-        per_layer = state.sliding or [len(slots)] * len(state.cells)
-        seen, positions = [], []
-        for layer, (cells, count) in enumerate(zip(state.cells, per_layer, strict=True)):
-            own = newest[len(newest) - min(count, len(newest)) :]
-            seen.append(torch.cat([cells, own + layer * self.pool.cells_per_layer]))
-            at = torch.arange(end - len(own), end, dtype=torch.int32, device=own.device)
-            positions.append(at.expand(self.pool.head_num, -1))
-        slides = None
+        run = self._run(req, state, start, end)
+        same = self.twins.same(run)
+        if same is None:
+            self.free_kv_row(kv, [(kv.cache_protected_len, start)])
+            self.keep(run, req.priority or 0)
+            kv.cache_protected_len = end
+        return Hit(same or run, end)
+
+    def _run(self, req: Req, state: RequestState, start: int, end: int) -> Twin:
+        """The rows of positions ``[start, end)``, or of the newest ones where rows slide."""
+        row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        parent, slides, newest = state.twin, None, start
+        per_layer, parent_rows = [end - start] * self.pool.layer_num, state.twin_rows
         if state.sliding:
-            slides = Slides(state.cells, state.sliding, newest, state.kept, state.kept_slots)
-        twin = Twin(
+            newest = max(0, end + 1 - max(state.sliding))
+            per_layer = [min(rows, end - newest) for rows in state.sliding]
+            held = row[newest:end].clone()
+            slides = Slides(state.cells, state.sliding, held, state.kept, state.kept_slots)
+            if parent.slides is not None:
+                parent_rows = [0] * self.pool.layer_num  # the newest rows are listed anew
+        cells, positions = [], []
+        for layer, rows in enumerate(per_layer):
+            cells.append(row[end - rows : end] + layer * self.pool.cells_per_layer)
+            at = torch.arange(end - rows, end, dtype=torch.int32, device=row.device)
+            positions.append(at.expand(self.pool.head_num, -1))
+        return Twin(
             state.space,
-            (req.origin_input_ids + req.output_ids)[:end],
             start,
+            (req.origin_input_ids + req.output_ids)[start:end],
             len(req.origin_input_ids),
-            seen,
+            cells,
             positions,
-            slots,
+            slots=row[start:end].clone(),
             parent=parent,
-            parent_rows=self._rows_behind(state),
+            parent_rows=parent_rows,
             lossy_end=parent.lossy_end if state.twin_rows is None else start,
-            whole=bool(state.sliding),
+            all_or_nothing=bool(state.sliding),
             slides=slides,
             sparsity=parent.sparsity,
         )
-        same = self.twins.same(twin)
-        if same is not None:
-            return same
-        self.free_kv_row(kv, [(kv.cache_protected_len, start)])
-        self.keep(twin, req.priority or 0)
-        kv.cache_protected_len = end
-        return twin
-
-    @staticmethod
-    def _rows_behind(state: RequestState) -> list[int] | None:
-        if state.sliding and state.twin.slides is not None:
-            return [0] * len(state.cells)  # of sliding rows, the newest are listed anew
-        return state.twin_rows
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
@@ -309,7 +322,7 @@ class TwinRadixCache(UnifiedRadixCache):
             for piece in pieces:
                 piece.holders -= 1
             for piece in reversed(pieces):
-                if piece in self.twins and not piece.lasting and piece.is_idle:
+                if not piece.lasting:
                     self._drop(piece)
             self._limit()
         self.requests.release_row(state)
@@ -345,13 +358,13 @@ class TwinRadixCache(UnifiedRadixCache):
         if self.disable or self.settings.twins not in (FALLBACK, PREFER):
             return 0
         tracker = dict.fromkeys(self.tree_components, 0)
-        for twin in self.twins.doubled():
+        for twin in self.twins.with_exact():
             if tracker[ComponentType.FULL] >= num_tokens:
                 break
             _, extra_key, cache_salt = twin.space
             key = RadixKey(twin.tokens, extra_key, cache_salt=cache_salt)
             if self._evict_end(key, num_tokens, tracker):
-                self.twins.single(twin)
+                self.twins.exact_is_gone(twin)
         return tracker[ComponentType.FULL]
 
     def _evict_end(self, key: RadixKey, num_tokens: int, tracker: dict[ComponentType, int]) -> bool:
@@ -377,8 +390,12 @@ class TwinRadixCache(UnifiedRadixCache):
         self.unlock(lock)
         return not moved
 
-    def _drop(self, twin: Twin) -> None:
-        self._evict_device_leaf(twin.node, dict.fromkeys(self.tree_components, 0))
+    def _drop(self, twin: Twin) -> bool:
+        """Gives a twin's slots back, unless somebody needs them."""
+        idle = twin in self.twins and twin.is_idle and not self._is_locked(twin.node)
+        if idle:
+            self._evict_device_leaf(twin.node, dict.fromkeys(self.tree_components, 0))
+        return idle
 
     def _limit(self) -> None:
         """Holds what nobody reads to the operator's ``max_twins``; the least recently used goes."""
@@ -388,18 +405,31 @@ class TwinRadixCache(UnifiedRadixCache):
         twins = self.twins.by_age()
         excess -= sum(len(twin.slots) for twin in twins if twin.holders)
         for twin in twins:
-            while excess > 0 and twin is not None and twin in self.twins and twin.is_idle:
-                self._drop(twin)
+            while excess > 0 and twin is not None and self._drop(twin):
                 excess -= len(twin.slots)
                 twin = twin.parent
 
+    def describe_twins(self) -> dict:
+        """For ``GET /kv_policy/twins``."""
+        twins = self.twins
+        return {
+            "twins": len(twins),
+            "slots": twins.num_slots,
+            "hits": twins.hits,
+            "evictions": twins.evictions,
+        }
+
     def take_events(self) -> list:
         """KV events of exact KV only: no router can ask for a twin."""
-        return [
-            event
-            for event in super().take_events()
-            if not (tokens := getattr(event, "token_ids", None)) or tokens[0] < FIRST_NAME
-        ]
+        events = []
+        for event in super().take_events():
+            if isinstance(event, BlockStored) and event.token_ids[0] < 0:
+                self._unannounced.update(event.block_hashes)
+            elif isinstance(event, BlockRemoved) and self._unannounced.issuperset(event.block_hashes):
+                self._unannounced.difference_update(event.block_hashes)
+            else:
+                events.append(event)
+        return events
 
     # ---- Retracted requests ----
 
@@ -424,16 +454,6 @@ class TwinRadixCache(UnifiedRadixCache):
             waiting = set(waiting)
             for req in [req for req in self._pins if req not in waiting]:
                 self.unpin(req)
-
-    def describe_twins(self) -> dict:
-        """For ``GET /kv_policy/twins``."""
-        twins = self.twins
-        return {
-            "twins": len(twins),
-            "slots": twins.num_slots,
-            "hits": twins.hits,
-            "evictions": twins.evictions,
-        }
 
     def unpin_for(self, req: Req) -> bool:
         """Gives up the oldest pin that is not ``req``'s own; False where there is none."""

@@ -77,7 +77,7 @@ class RequestState:
         prefix_kind: where its prefix came from: cold, exact, twin or shared.
         prefix_tokens: prompt tokens that its last prefill found computed.
         hit, hit_plan: the twin that its next prefill goes on from, and what follows from that.
-        left: the last piece of its rows, left behind when it was retracted.
+        left: where its path ended when its row was released, to go on from after a retraction.
         pending: its prompt holds exact KV that a compaction will replace.
         queries: per layer, the voting rows' queries so far, pieces of ``[rows, Hq, D]``; a voting
             window may straddle chunks.
@@ -109,7 +109,7 @@ class RequestState:
     prefix_tokens: int = 0
     hit: Hit | None = None
     hit_plan: Plan | None = None
-    left: Twin | None = None
+    left: Hit | None = None
     pending: bool = False
     queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     seen: dict[int, object] = field(default_factory=dict)
@@ -127,12 +127,6 @@ class RequestState:
     evicted: int = 0
     last_slots: int = 0
     skips_insert: bool = False
-
-    @property
-    def is_final(self) -> bool:
-        """It is neither a draft nor without the one that was to vote for its rows."""
-        due = bool(self.asked.reads_draft) and self.plan.compacts
-        return not self.asked.writes_draft and (self.draft_rows > 0 or not due)
 
 
 class Requests:

@@ -15,7 +15,6 @@ from typing import Iterator, NamedTuple
 
 import torch
 
-FIRST_NAME = 1 << 48  # no token's id is as large
 BLOCK = 32  # tokens from one index entry to the next
 MOST_ALIKE = 16  # twins looked at that begin alike; the newest ones
 
@@ -39,26 +38,26 @@ class Slides(NamedTuple):
 
 @dataclass(eq=False)
 class Twin:
-    """One piece: rows that stand for ``tokens[start:]``, behind those of ``parent``.
+    """One piece: rows that stand for a stretch of a path, behind those of ``parent``.
 
     Attributes:
         space: who may use it: the policy with its options, ``extra_key`` (LoRA included) and
             ``cache_salt``.
-        tokens: the whole token path.
-        start: first token that its own rows stand for.
+        start: first path position that it stands for.
+        tokens: the stretch.
         num_prompt: prompt tokens of the request that left it.
-        seen: per layer, the cells of the whole path's rows, its own at the end, ``[rows]`` int32.
-        positions: per layer, the path positions of its own rows, ascending per KV head,
-            ``[Hkv, rows]`` int32.
-        slots: pool slots of its own rows.
+        cells: per layer, the cells of its rows, ``[rows]`` int32.
+        positions: per layer, the path positions of its rows, ascending per KV head,
+            ``[Hkv, rows]`` int32. The ranks' heads differ in them, so they decide nothing that
+            ranks have to agree on.
+        slots: its pool slots.
         parent: the piece it stands on; ``parent_rows`` are the rows per layer that it sees of it,
             None for all.
         lossy_end: before this position, rows are missing.
-        whole: its rows hold more than their positions say (merged or sliding ones), so it serves
-            only paths that go on from its end.
+        all_or_nothing: its rows hold more than their positions say (merged or sliding ones), so it
+            serves only paths that go on from its end.
         slides: of a request under fixed-point elimination.
-        findable: a lookup may return it; else it is there to be shared and stood on.
-        lasting: it outlives the requests that read it.
+        lasting: it outlives the requests that read it, and a lookup may return it.
         sparsity: per layer, as it was measured for its selection.
         key, node: where the tree keeps it.
         holders: live requests that read it, through a later piece or directly.
@@ -66,18 +65,17 @@ class Twin:
     """
 
     space: tuple
-    tokens: array
     start: int
+    tokens: array
     num_prompt: int
-    seen: list[torch.Tensor]
+    cells: list[torch.Tensor]
     positions: list[torch.Tensor]
     slots: torch.Tensor
     parent: Twin | None = None
     parent_rows: list[int] | None = None
     lossy_end: int = 0
-    whole: bool = False
+    all_or_nothing: bool = False
     slides: Slides | None = None
-    findable: bool = True
     lasting: bool = True
     sparsity: list[float] | None = None
     key: array = field(default_factory=lambda: array("q"))
@@ -87,20 +85,17 @@ class Twin:
 
     @property
     def end(self) -> int:
-        return len(self.tokens)
+        return self.start + len(self.tokens)
 
     @property
-    def num_own(self) -> list[int]:
+    def num_rows(self) -> list[int]:
         """Rows of its own, per layer."""
         return [positions.shape[1] for positions in self.positions]
 
-    def chain(self) -> list[Twin]:
-        """The pieces of its path, the first one first."""
-        pieces, piece = [], self
-        while piece is not None:
-            pieces.append(piece)
-            piece = piece.parent
-        return pieces[::-1]
+    @property
+    def is_run(self) -> bool:
+        """It lost no rows: it holds what was computed behind its parent, token by token."""
+        return self.lossy_end < self.end
 
     @property
     def is_idle(self) -> bool:
@@ -112,16 +107,41 @@ class Twin:
         """Pool slots of its whole path."""
         return sum(len(piece.slots) for piece in self.chain())
 
+    def chain(self) -> list[Twin]:
+        """The pieces of its path, the first one first."""
+        pieces, piece = [], self
+        while piece is not None:
+            pieces.append(piece)
+            piece = piece.parent
+        return pieces[::-1]
+
+    def stretches(self) -> list[tuple[int, array]]:
+        """Its path: where every piece's part of it begins, and the tokens."""
+        pieces = self.chain()
+        ends = [piece.start for piece in pieces[1:]] + [self.end]
+        return [(p.start, p.tokens[: end - p.start]) for p, end in zip(pieces, ends, strict=True)]
+
+    def common(self, tokens: array) -> int:
+        """How many tokens its path and ``tokens`` have in common from the beginning on."""
+        for start, mine in self.stretches():
+            theirs = tokens[start : start + len(mine)]
+            if mine != theirs:
+                length = min(len(mine), len(theirs))
+                pair = (torch.tensor(stretch[:length], dtype=torch.int64) for stretch in (mine, theirs))
+                differing = torch.ne(*pair).nonzero()
+                return start + (int(differing[0]) if len(differing) else length)
+        return self.end
+
 
 @dataclass(frozen=True)
 class Hit:
-    """What a lookup found.
+    """What a request goes on from.
 
     Attributes:
         covered: tokens of the request's path that need no prefill.
         rows: of the twin's own rows, how many per layer are usable; None for all.
         rows_lost: kept rows of covered tokens that a shorter common prefix cannot use, over all
-            layers and one rank's KV heads.
+            layers and one rank's KV heads. For the report only: ranks differ in it.
     """
 
     twin: Twin
@@ -135,22 +155,29 @@ class Hit:
         return min(self.covered, self.twin.lossy_end)
 
     def cells(self) -> list[torch.Tensor]:
-        """Per layer, the cells of all usable rows of the path."""
-        if self.rows is None:
-            return self.twin.seen
-        unusable = [own - rows for own, rows in zip(self.twin.num_own, self.rows, strict=True)]
-        return [cells[: len(cells) - n] for cells, n in zip(self.twin.seen, unusable, strict=True)]
+        """Per layer, the cells of all usable rows of the path, ``[rows]`` int32."""
+        used = [
+            [cells[:count] for cells, count in zip(piece.cells, rows, strict=True)]
+            for piece, rows in self._pieces()
+        ]
+        return [torch.cat(layer) for layer in zip(*used)]
 
     def positions(self, end: int) -> list[torch.Tensor]:
         """Per layer, the path positions behind :meth:`cells` ``[Hkv, rows]``, up to ``end``."""
-        pieces, rows, piece = [], self.rows, self.twin
-        while piece is not None:
+        used = []
+        for piece, rows in self._pieces():
             if piece.start < end:
-                own = zip(piece.positions, rows or piece.num_own, strict=True)
-                own = [positions[:, :count] for positions, count in own]
-                pieces.append([positions[:, : int((positions[0] < end).sum())] for positions in own])
-            rows, piece = piece.parent_rows, piece.parent
-        return [torch.cat(layer, dim=1) for layer in zip(*reversed(pieces))]
+                own = [p[:, :count] for p, count in zip(piece.positions, rows, strict=True)]
+                used.append([p[:, : int((p < end).sum(1).min())] for p in own])
+        return [torch.cat(layer, dim=1) for layer in zip(*used)]
+
+    def _pieces(self) -> list[tuple[Twin, list[int]]]:
+        """The pieces of the path, the first one first, and the usable rows of each."""
+        pieces, piece, rows = [], self.twin, self.rows
+        while piece is not None:
+            pieces.append((piece, rows or piece.num_rows))
+            piece, rows = piece.parent, piece.parent_rows
+        return pieces[::-1]
 
 
 class Twins:
@@ -159,6 +186,7 @@ class Twins:
     Attributes:
         hits: requests that went on from a twin.
         evictions: twins that made room.
+        num_slots: pool slots of all of them.
     """
 
     def __init__(self) -> None:
@@ -168,10 +196,11 @@ class Twins:
     def clear(self) -> None:
         """Forgets all; their slots have been given back."""
         self._by_node: OrderedDict[int, Twin] = OrderedDict()  # the least recently used first
-        self._by_path: dict[tuple, dict[Twin, None]] = {}
-        self._by_block: dict[int, dict[Twin, None]] = {}  # oldest first
-        self._by_end: dict[int, dict[Twin, None]] = {}
-        self._doubled: dict[Twin, None] = {}
+        self._same: dict[tuple, dict[Twin, None]] = {}
+        self._by_block: dict[int, dict[Twin, None]] = {}  # the oldest first
+        self._ending: dict[int, dict[Twin, None]] = {}  # within the block that follows
+        self._by_end: dict[tuple[int, bytes], dict[Twin, None]] = {}
+        self._with_exact: dict[Twin, None] = {}
         self.num_slots = 0
 
     def __contains__(self, twin: Twin) -> bool:
@@ -186,10 +215,10 @@ class Twins:
 
     def name(self, twin: Twin) -> array:
         """Gives a new twin its key in the tree: its parent's and then as many tokens as it has
-        slots, of an id that is nobody else's and no token's."""
+        slots, of an id that is nobody else's; no token has a negative one."""
         self._count += 1
         before = twin.parent.key if twin.parent else array("q")
-        twin.key = before + array("q", [FIRST_NAME + self._count]) * len(twin.slots)
+        twin.key = before + array("q", [-self._count]) * len(twin.slots)
         return twin.key
 
     def add(self, twin: Twin) -> None:
@@ -200,7 +229,7 @@ class Twins:
         if twin.parent is not None:
             twin.parent.children += 1
         self.num_slots += len(twin.slots)
-        self.double(twin)
+        self.exact_is_there(twin)
 
     def remove(self, node: int) -> None:
         """The tree has given the slots at ``node`` back; other nodes are ignored."""
@@ -214,29 +243,36 @@ class Twins:
         if twin.parent is not None:
             twin.parent.children -= 1
         self.num_slots -= len(twin.slots)
-        self.single(twin)
+        self.exact_is_gone(twin)
         self.evictions += twin.lasting
 
     def _entries(self, twin: Twin) -> list[tuple[dict, object]]:
-        entries = [(self._by_path, _identity(twin))]
-        if twin.findable:
-            blocks = _blocks(twin.space, twin.tokens)
-            entries += [(self._by_block, block) for block in blocks]
-            entries += [(self._by_end, block) for block in blocks[-1:]]
+        """Where it is listed: under the blocks that it stands for part of, since only a path that
+        shares more than its parent's can use it, and under its end."""
+        entries = [(self._same, _identity(twin))]
+        path = array("q")
+        for _, tokens in twin.stretches():
+            path += tokens
+        blocks = _blocks(twin.space, path)
+        if twin.lasting and blocks:
+            if not twin.all_or_nothing:
+                entries += [(self._by_block, block) for block in blocks[twin.start // BLOCK :]]
+            tail = path[len(blocks) * BLOCK :].tobytes()
+            entries += [(self._ending, blocks[-1]), (self._by_end, (blocks[-1], tail))]
         return entries
 
-    def doubled(self) -> list[Twin]:
+    def with_exact(self) -> list[Twin]:
         """Those whose exact KV may be in the tree too, the oldest first."""
-        return list(self._doubled)
+        return list(self._with_exact)
 
-    def double(self, twin: Twin) -> None:
+    def exact_is_there(self, twin: Twin) -> None:
         """The exact KV of its path has just been computed."""
-        if twin.start == 0 and twin.lasting and twin.findable:
-            self._doubled[twin] = None
+        if twin.start == 0 and twin.lasting and twin in self:
+            self._with_exact[twin] = None
 
-    def single(self, twin: Twin) -> None:
-        """The exact KV that it alone stood in for has gone."""
-        self._doubled.pop(twin, None)
+    def exact_is_gone(self, twin: Twin) -> None:
+        """All of it that only this twin's path had."""
+        self._with_exact.pop(twin, None)
 
     def use(self, twin: Twin) -> None:
         """It and what it stands on are the most recently used."""
@@ -246,30 +282,38 @@ class Twins:
 
     def same(self, twin: Twin) -> Twin | None:
         """A twin with the same rows as the new ``twin``: of one space and path, on one parent."""
-        for other in self._by_path.get(_identity(twin), ()):
+        for other in self._same.get(_identity(twin), ()):
             if other.tokens == twin.tokens and other.slides is None and twin.slides is None:
                 return other
         return None
 
-    def find(self, space: tuple, tokens: array, limit: int) -> Iterator[Hit]:
-        """Twins whose path begins like ``tokens``, by at least a block; the longest common beginning
+    def find(self, space: tuple, tokens: array, limit: int, beyond: int = 0) -> Iterator[Hit]:
+        """Twins whose path begins like ``tokens``: of the newest that share most with it, the longest
         first, and then shorter ones that are covered whole.
 
         Args:
             limit: most tokens that may be covered.
+            beyond: fewer are of no use.
         """
-        blocks = _blocks(space, tokens)
-        while blocks and blocks[-1] not in self._by_block:
-            blocks.pop()
-        if not blocks:
-            return
-        deepest = list(self._by_block[blocks[-1]])[-MOST_ALIKE:]
-        hits = [_hit(twin, tokens, limit) for twin in deepest]
-        # Not by rows lost: the ranks' heads differ in them, and have to agree on the twin.
-        yield from sorted(filter(None, hits), key=lambda hit: (-hit.covered, hit.rows is not None))
-        for block in reversed(blocks):
-            hits = [_hit(twin, tokens, limit) for twin in self._by_end.get(block, ())]
-            yield from (hit for hit in hits if hit is not None and hit.rows is None)
+        blocks, cut = _blocks(space, tokens), False
+        for depth in range(len(blocks), 0, -1):
+            length = depth * BLOCK
+            if length + BLOCK <= beyond:
+                return
+            alike = dict.fromkeys(self._ending_at(blocks[depth - 1], tokens, length))
+            if not cut:  # others share less than these
+                newest = list(self._by_block.get(blocks[depth - 1], ()))[-MOST_ALIKE:]
+                alike, cut = alike | dict.fromkeys(newest), bool(newest)
+            hits = [hit for twin in alike if (hit := _hit(twin, tokens, limit)) is not None]
+            yield from sorted(hits, key=lambda hit: (-hit.covered, hit.rows is not None))
+
+    def _ending_at(self, block: int, tokens: array, length: int) -> Iterator[Twin]:
+        """Twins of the beginnings of ``tokens`` that hold ``block``, which ends at ``length``, and
+        not the next; the longest and newest first."""
+        most = min(BLOCK - 1, len(tokens) - length) if block in self._ending else -1
+        for tail in range(most, -1, -1):
+            key = block, tokens[length : length + tail].tobytes()
+            yield from reversed(self._by_end.get(key, ()))
 
 
 def _identity(twin: Twin) -> tuple:
@@ -287,15 +331,12 @@ def _blocks(space: tuple, tokens: array) -> list[int]:
 
 def _hit(twin: Twin, tokens: array, limit: int) -> Hit | None:
     """What ``twin`` covers of ``tokens``; None where that is nothing of its own."""
+    common = twin.common(tokens)
     # The last token of a repeated prompt is computed again, for its logits only.
-    enough = limit >= twin.end or limit == twin.end - 1 == len(tokens) - 1
-    if enough and tokens[: twin.end] == twin.tokens:
+    if common == twin.end and (limit >= twin.end or limit == twin.end - 1 == len(tokens) - 1):
         return Hit(twin, min(twin.end, limit))
-    length = min(twin.end, len(tokens), limit)
-    mine, theirs = (torch.frombuffer(path, dtype=torch.int64)[:length] for path in (twin.tokens, tokens))
-    differing = (mine != theirs).nonzero()
-    common = int(differing[0]) if len(differing) else length
-    if twin.whole or common <= twin.start:
+    common = min(common, limit)
+    if twin.all_or_nothing or common <= twin.start:
         return None
     counts = [(positions < common).sum(1) for positions in twin.positions]  # [Hkv] of every layer
     rows = [int(count.min()) for count in counts]
