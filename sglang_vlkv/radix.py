@@ -423,7 +423,7 @@ class TwinRadixCache(UnifiedRadixCache):
         """KV events of exact KV only: no router can ask for a twin."""
         events = []
         for event in super().take_events():
-            if isinstance(event, BlockStored) and event.token_ids[0] < 0:
+            if isinstance(event, BlockStored) and self.twins.is_name(event.token_ids[0]):
                 self._unannounced.update(event.block_hashes)
             elif isinstance(event, BlockRemoved) and self._unannounced.issuperset(event.block_hashes):
                 self._unannounced.difference_update(event.block_hashes)

@@ -15,6 +15,7 @@ from typing import Iterator, NamedTuple
 
 import torch
 
+FIRST_NAME = 1 << 48  # above the ids of text; those of pictures are hashes of 63 bits
 BLOCK = 32  # tokens from one index entry to the next
 MOST_ALIKE = 16  # twins looked at that begin alike; the newest ones
 
@@ -215,11 +216,15 @@ class Twins:
 
     def name(self, twin: Twin) -> array:
         """Gives a new twin its key in the tree: its parent's and then as many tokens as it has
-        slots, of an id that is nobody else's; no token has a negative one."""
+        slots, of an id that is no other twin's."""
         self._count += 1
         before = twin.parent.key if twin.parent else array("q")
-        twin.key = before + array("q", [-self._count]) * len(twin.slots)
+        twin.key = before + array("q", [FIRST_NAME + self._count]) * len(twin.slots)
         return twin.key
+
+    def is_name(self, token: int) -> bool:
+        """Whether ``token`` has been given to a twin; that of a picture is one by chance in 10**12."""
+        return FIRST_NAME < token <= FIRST_NAME + self._count
 
     def add(self, twin: Twin) -> None:
         """``twin`` is in the tree, at ``twin.node``."""
