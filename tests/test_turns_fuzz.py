@@ -126,9 +126,14 @@ def replay(server: Server, done: list[Turn], mode: str, tolerance: float, counts
                 raise Unequal(f"turn {index}, {seen}, alone {prefix(alone)}: {difference}")
 
 
-@pytest.mark.parametrize("name", ["resume", "off", "mixed", "no overlap"])
+@pytest.fixture(scope="module", params=["resume", "off", "mixed", "no overlap"])
+def name(request) -> str:
+    """Of a server; pytest runs all tests of one before those of the next."""
+    return request.param
+
+
 def test_every_answer_is_the_one_given_alone(fleet, tolerance, name):
-    server, mode = fleet[name], FLEET[name][1].get("twins", "fallback")
+    server, mode = fleet[name], FLEET[name][1]["twins"]
     counts, met = Counter(), Counter()
     share = -(-REQUESTS // 4)
     conversations, first = [], 100_000 * list(FLEET).index(name)
@@ -165,19 +170,20 @@ def test_every_answer_is_the_one_given_alone(fleet, tolerance, name):
 # ---- On the same servers ----
 
 
-def test_off_keeps_nothing(fleet):
-    server = fleet["off"]
+@pytest.mark.parametrize("name", ["off"], indirect=True)
+def test_off_keeps_nothing(fleet, name):
+    server = fleet[name]
     server.flush()
     prompts, answers = talk(server, turns(5, "image", 3))
     server._checked(server.post("/generate", draw_prompt(1, "image").body(8, n=4)))
     assert (twins(server)["twins"], twins(server)["slots"]) == (0, 0)
-    evict_exact_kv(server, FLEET["off"][0])
+    evict_exact_kv(server, FLEET[name][0])
     [answer] = server.many([prompts[-1].body(4)])
     assert {prefix(each)["kind"] for each in (answer, *answers[1:])} <= {"exact", "cold"}
     assert prefix(answer)["tokens"] < 10
 
 
-@pytest.mark.parametrize("name", ["mixed", "no overlap"])
+@pytest.mark.parametrize("name", ["mixed", "no overlap"], indirect=True)
 def test_a_new_turn_in_chunks_equals_one_at_once(fleet, tolerance, name):
     """New pictures behind a twin, prefilled in several chunks; "mixed", beside others that decode."""
     server, whole = fleet[name], fleet["prefer"]
