@@ -76,13 +76,14 @@ def alike(one: dict, other: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_with_its_exact_kv_resident_every_turn_is_scored_anew(vlcache, hugging_face, tolerance, kind):
+def test_with_its_exact_kv_resident_every_turn_is_scored_anew(fleet, hugging_face, tolerance, kind):
     """No drift: the sixth turn keeps what it would keep of the same prompt asked cold."""
-    vlcache.flush()
-    prompts, answers = talk(vlcache, turns(0, kind))
+    server = fleet["fallback"]
+    server.flush()
+    prompts, answers = talk(server, turns(0, kind))
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        vlcache.flush()
-        [cold] = vlcache.many([prompt.body(16, custom=POSITIONS)])
+        server.flush()
+        [cold] = server.many([prompt.body(16, custom=POSITIONS)])
         assert prefix(cold) == {"kind": "cold", "tokens": 0}
         if index:
             n, voting = report(answer)["prompt_tokens"], report(answer)["voting_rows"]

@@ -73,6 +73,16 @@ def test_the_longest_common_beginning_comes_first_and_shorter_whole_ones_follow(
     assert (hits[0].twin, hits[0].covered) == (other, 163)
 
 
+def test_a_path_that_is_covered_whole_comes_before_a_cut_one():
+    twins = Twins()
+    long, short = added(twins, path(200)), added(twins, path(100))
+    hits = found(twins, path(100) + path(50, seed=1))
+    assert [(hit.twin, hit.covered, hit.rows) for hit in hits[:2]] == [
+        (short, 100, None),
+        (long, 100, [100] * LAYERS),
+    ]
+
+
 def test_less_than_a_block_is_nothing():
     twins = Twins()
     added(twins, path(BLOCK - 1))
@@ -261,6 +271,13 @@ def test_the_same_rows_are_one_twin():
     assert twins.same(make(path(100), slides=slides)) is None
     sliding = added(twins, path(70), slides=slides)
     assert sliding in twins and twins.same(make(path(70))) is None
+
+
+def test_paths_are_compared_where_their_hashes_are_equal(monkeypatch):
+    monkeypatch.setattr("sglang_vlkv.twins._identity", lambda twin: 0)
+    twins = Twins()
+    twin = added(twins, path(100))
+    assert twins.same(make(path(100, seed=1))) is None and twins.same(make(path(100))) is twin
 
 
 def test_exact_kv_is_doubled_by_lasting_pieces_from_the_beginning():
