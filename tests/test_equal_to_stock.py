@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.conftest import POOL
+from tests.conversation import Conversation
 from tests.equality import assert_same
-from tests.prompts import draw_prompt
+from tests.prompts import CLIP, draw_prompt, picture, words
 from tests.serving import Server, report
 
 KINDS = ("image", "images", "video", "text")
@@ -19,7 +22,7 @@ BODIES = [prompt.body(24) for prompt in PROMPTS]
 @pytest.fixture(scope="module")
 def everything():
     """Budget 1: every row is gathered, moved to other cells and decoded from there."""
-    config = {"compact_always": True, "min_prompt_tokens": 16}
+    config = {"compact_always": True, "min_prompt_tokens": 16, "twins": "prefer"}
     flags = ("--kv-policy", "vlcache", "--kv-budget", "1.0", "--kv-policy-config", json.dumps(config))
     with Server(*POOL, *flags) as server:
         yield server
@@ -55,6 +58,34 @@ def test_budget_of_one_alone(everything, expected, tolerance):
 def test_budget_of_one_in_a_batch(everything, expected, tolerance):
     everything.flush()
     assert_same(expected, everything.many(BODIES), tolerance, "budget 1 in a batch")
+
+
+def converse(server: Server, seed: int, video: bool) -> list[dict]:
+    """The answers to five turns, about half of the later ones with a picture more."""
+    rng, conversation, answers = random.Random(seed), Conversation(), []
+    for turn in range(5):
+        shows = rng.random() < 0.5 if turn else not video
+        pictures = (picture(rng, 28 * 16, 28 * 14),) * shows
+        text = words(rng, rng.randint(4, 12))
+        conversation = conversation.ask(text, pictures, CLIP if video and not turn else None)
+        answers += server.many([conversation.body(12)])
+        conversation = conversation.answered(answers[-1])
+    return answers
+
+
+@pytest.mark.parametrize("video", [False, True], ids=["images", "video"])
+def test_conversations_on_twins_that_hold_every_row(everything, stock, tolerance, video):
+    """Ragged extend attention over the pieces of all turns before, and a compaction of each new one."""
+    with ThreadPoolExecutor(4) as pool:
+        ours = [a for talk in pool.map(lambda s: converse(everything, s, video), range(4)) for a in talk]
+    theirs = [a for seed in range(4) for a in converse(stock, seed, video)]
+    for answer, reference in zip(ours, theirs, strict=True):
+        seen, cached = report(answer), reference["meta_info"]["cached_tokens"]
+        assert seen["kept_per_layer"] == [seen["prompt_tokens"]] * 4
+        later = cached > seen["prompt_tokens"] // 2 and seen["prefix"]["kind"] == "twin"
+        assert not later or seen["prefix"]["tokens"] == cached, "it prefills what stock would"
+    assert sum(report(answer)["prefix"]["kind"] == "twin" for answer in ours) == 16
+    assert_same(theirs, ours, tolerance, "turns on twins that hold every row")
 
 
 def test_left_alone_beside_compacted_ones(vlcache, expected, tolerance):
