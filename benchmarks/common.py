@@ -55,11 +55,13 @@ class Streamed(NamedTuple):
         ttft: seconds from the request to the first token.
         steps: seconds between consecutive tokens; tokens that arrive together share their time.
         meta: the last chunk's ``meta_info``.
+        text: all of it.
     """
 
     ttft: float
     steps: list[float]
     meta: dict
+    text: str
 
 
 def serve(row: Row, *flags: str, model: Path | str, gib: float) -> Server:
@@ -115,7 +117,7 @@ def stream(server: Server, request: dict, timeout: float = 1800) -> Streamed:
     for (before, first), (after, last) in zip(arrivals, arrivals[1:]):
         if last > first:
             steps += [(after - before) / (last - first)] * (last - first)
-    return Streamed(arrivals[0][0] - start, steps, chunk["meta_info"])
+    return Streamed(arrivals[0][0] - start, steps, chunk["meta_info"], chunk["text"])
 
 
 def picture(visual_tokens: int, seed: int) -> Image.Image:
