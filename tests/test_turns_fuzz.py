@@ -88,11 +88,12 @@ def replay(server: Server, done: list[Turn], mode: str, tolerance: float, counts
     server.flush()
     for index, turn in enumerate(done):
         seen, retracted = prefix(turn.answer), report(turn.answer)["retractions"] > 0
-        resumed = seen["tokens"] >= report(turn.answer)["prompt_tokens"] - 1
+        n, on_twin = report(turn.answer)["prompt_tokens"], seen["kind"] in ("twin", "shared")
+        resumed = on_twin and seen["tokens"] >= n
         if retracted and not resumed:
             counts["prefilled again"] += 1  # its outputs too, under full attention
             return
-        went_on = seen["kind"] in ("twin", "shared") and index > 0 and mode not in ("off", "resume")
+        went_on = on_twin and index > 0 and mode not in ("off", "resume")
         # What a retracted request went on from at first is not reported.
         tries = [True, False] if went_on and resumed else [went_on]
         for behind_twin in tries:
