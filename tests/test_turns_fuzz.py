@@ -122,6 +122,10 @@ def replay(server: Server, done: list[Turn], mode: str, tolerance: float, counts
             return
         difference = first_difference(alone, turn.answer)
         if difference is not None:
+            # Put back before it was compacted, and then again: its second token saw the exact prompt.
+            if report(turn.answer)["retractions"] > 1 and difference.index == 1:
+                counts["before compaction"] += 1
+                return
             counts["coin tosses"] += 1
             if difference.margin >= tolerance:
                 raise Unequal(f"turn {index}, {seen}, alone {prefix(alone)}: {difference}")
@@ -164,6 +168,7 @@ def test_every_answer_is_the_one_given_alone(fleet, tolerance, name):
     assert not unequal, "\n".join(unequal)
     assert met["compared"] >= len(answers) // 2
     assert met["ties"] <= 0.05 * met["compared"] + 1
+    assert met["before compaction"] <= 0.02 * met["compared"] + 1
     assert met["coin tosses"] <= 0.05 * met["compared"] + 1
     assert mode in ("off", "resume") or met["behind twins"] > 0
 
