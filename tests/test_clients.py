@@ -160,3 +160,19 @@ def test_sglang_benchmark_with_images(vlcache, tmp_path):
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     result = json.loads((tmp_path / "result.jsonl").read_text().splitlines()[-1])
     assert result["completed"] == 8
+
+
+def test_sglang_benchmark_with_shared_prefixes_over_turns(vlcache, tmp_path):
+    run = subprocess.run(
+        [
+            sys.executable, "-W", "ignore", "-m", "sglang.benchmark.serving", "--backend", "sglang-oai-chat",
+            "--host", "127.0.0.1", "--port", str(vlcache.port), "--dataset-name", "generated-shared-prefix",
+            "--gsp-num-groups", "2", "--gsp-prompts-per-group", "3", "--gsp-system-prompt-len", "64",
+            "--gsp-question-len", "16", "--gsp-output-len", "8", "--gsp-num-turns", "3",
+            "--output-file", str(tmp_path / "result.jsonl"),
+        ],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    result = json.loads((tmp_path / "result.jsonl").read_text().splitlines()[-1])
+    assert result["completed"] == 2 * 3 * 3

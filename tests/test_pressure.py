@@ -118,16 +118,15 @@ def test_pause_and_continue(tight, mode):
 CHOSEN = [name for name in policies() if name != "none"]
 CONFIGURATIONS = {
     "overlap": (),
-    "mixed chunks": ("--enable-mixed-chunk", "--chunked-prefill-size", "192"),
-    "no overlap": ("--disable-overlap-schedule", "--chunked-prefill-size", "256"),
     "no radix cache": ("--disable-radix-cache",),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_randomised_mixed_requests(name):
-    """150 requests for each of four configurations: images, video, text, one-token answers,
-    aborts, disconnects, pauses and flushes, from eight clients, in a pool of a few prompts. Half
+    """150 requests for each of two configurations (``test_turns_fuzz`` has others): images, video,
+    text, one-token answers, aborts, disconnects, pauses and flushes, from eight clients, in a pool of
+    a few prompts. Half
     choose a policy of their own: any, at any budget, merging, drafting, of constant size."""
     choice = ("--kv-policy-config", '{"allow_override": true}')
     flags = ("--max-total-tokens", "2600", "--schedule-conservativeness", "0.05", *choice)

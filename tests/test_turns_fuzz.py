@@ -19,7 +19,7 @@ from tests.prompts import CLIP, draw_prompt, picture, words
 from tests.serving import Server, report
 from tests.test_turns import POSITIONS, alike, prefix, talk, turns
 
-REQUESTS = int(os.environ.get("VLKV_FUZZ", 200))  # over four servers
+REQUESTS = int(os.environ.get("VLKV_FUZZ", 120))  # over four servers
 POLICIES = ["vlcache", "vlkv", "h2o", "elastic", "snapkv", "prefixkv", "lookm", "expected", "infinipotv"]
 
 
