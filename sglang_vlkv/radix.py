@@ -94,23 +94,26 @@ class TwinRadixCache(UnifiedRadixCache):
         if req is None or self.disable:
             return exact
         state = self.state_of(req)
-        state.hit = self._find_twin(req, state, params.key)
-        if state.hit is None:
+        hit = self._find_twin(req, state, params.key)
+        if hit is not None and hit != state.hit:  # asked again in every round that the request waits
+            state.hit_plan = self._plan_behind(req, state, hit)
+        state.hit = hit
+        if hit is None:
             return exact
-        state.hit_plan = self._plan_behind(req, state)
-        node = state.hit.twin.node
+        node = hit.twin.node
         return exact._replace(
-            device_prefix_len=state.hit.covered,
+            device_prefix_len=hit.covered,
             last_device_node=node,
             last_host_node=node,
             best_match_node=node,
-            full_kv_hit_length=state.hit.covered,
+            full_kv_hit_length=hit.covered,
         )
 
     def _find_twin(self, req: Req, state: RequestState, key: RadixKey) -> Hit | None:
         """The twin that ``req`` goes on from, by the operator's ``twins``."""
         tokens, mode = key.token_ids, self.settings.twins
-        if mode == OFF or not state.asked.compacts or state.row is not None or not tokens:
+        asks = state.asked.compacts and state.row is None and tokens
+        if mode == OFF or not asks or not len(self.twins):
             return None
         # Input logprobs want their tokens computed; SGLang's own limit also counts outputs as such.
         wanted = req.logprob_start_len if req.return_logprob else -1
@@ -142,10 +145,10 @@ class TwinRadixCache(UnifiedRadixCache):
         n = len(req.origin_input_ids)
         return hit.rows is None and hit.twin.num_prompt == n <= hit.twin.end
 
-    def _plan_behind(self, req: Req, state: RequestState) -> Plan:
-        if state.hit.rows is None and state.hit.twin.end >= len(req.origin_input_ids):
+    def _plan_behind(self, req: Req, state: RequestState, hit: Hit) -> Plan:
+        if hit.rows is None and hit.twin.end >= len(req.origin_input_ids):
             return replace(state.asked, left_alone="a twin stands for it", num_voting=0, max_slots=0)
-        return self.planner.for_turn(state.asked, state.hit.covered)
+        return self.planner.for_turn(state.asked, hit.covered)
 
     def swa_reprefill_tail_tokens(self, req: Req | None = None) -> int:
         """Caps the exact hit so that the queries that the policy needs are computed.
@@ -227,9 +230,9 @@ class TwinRadixCache(UnifiedRadixCache):
         if state.twin is None:
             # From here on its KV is not what the exact tree may hold.
             state.skips_insert, req.skip_radix_cache_insert = req.skip_radix_cache_insert, True
-        before = [] if state.twin is None else state.twin.chain()
-        for piece in twin.chain()[len(before) :]:
-            piece.holders += 1
+        else:
+            state.twin.add_holders(-1)
+        twin.add_holders(1)
         state.twin, state.twin_rows = twin, rows
         if twin in self.twins:
             self.twins.use(twin)
@@ -318,10 +321,8 @@ class TwinRadixCache(UnifiedRadixCache):
             return
         if state.row is not None and state.twin is not None:
             req.skip_radix_cache_insert = state.skips_insert
-            pieces = state.twin.chain()
-            for piece in pieces:
-                piece.holders -= 1
-            for piece in reversed(pieces):
+            state.twin.add_holders(-1)
+            for piece in reversed(state.twin.chain()):
                 if not piece.lasting:
                     self._drop(piece)
             self._limit()
@@ -437,16 +438,14 @@ class TwinRadixCache(UnifiedRadixCache):
         """Keeps what a retracted request goes on from, until it does."""
         if twin not in self.twins:
             return
-        for piece in twin.chain():
-            piece.holders += 1
+        twin.add_holders(1)
         self._pins[req] = twin, self.lock(twin.node)
 
     def unpin(self, req: Req) -> None:
         twin, lock = self._pins.pop(req, (None, None))
         if twin is not None:
             self.unlock(lock)
-            for piece in twin.chain():
-                piece.holders -= 1
+            twin.add_holders(-1)
 
     def unpin_all_but(self, waiting: Iterable[Req]) -> None:
         """Requests that wait no more, because they were aborted, need nothing."""

@@ -116,6 +116,11 @@ class Twin:
             piece = piece.parent
         return pieces[::-1]
 
+    def add_holders(self, count: int) -> None:
+        """As many more live requests read the pieces of its path."""
+        for piece in self.chain():
+            piece.holders += count
+
     def stretches(self) -> list[tuple[int, array]]:
         """Its path: where every piece's part of it begins, and the tokens."""
         pieces = self.chain()

@@ -17,7 +17,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from examples.video_chat import client
-from tests.serving import ROOT, Server, _free_port
+from tests.serving import ROOT, Server, free_port
 
 BROWSER = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -46,7 +46,7 @@ class Relay:
     """
 
     def __init__(self, server_port: int) -> None:
-        self.server_port, self.port = server_port, _free_port()
+        self.server_port, self.port = server_port, free_port()
         self.up()
         self.mend()
 
@@ -104,7 +104,7 @@ class App:
     """The app in a process of its own, on ``url``; ``relay`` is between it and the server."""
 
     def __init__(self, server: Server, max_mb: float) -> None:
-        self.relay, port = Relay(server.port), _free_port()
+        self.relay, port = Relay(server.port), free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.server = f"http://127.0.0.1:{self.relay.port}"
         options = ["--server", self.server, "--port", str(port), "--max-mb", str(max_mb)]

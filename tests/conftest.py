@@ -9,7 +9,7 @@ import torch
 
 from tests.equality import largest_deviation
 from tests.prompts import draw_prompt
-from tests.serving import ROOT, Server, install_entry_point
+from tests.serving import ROOT, TRAINED, Server, install_entry_point
 
 POOL = ("--max-total-tokens", "24000")
 
@@ -47,6 +47,15 @@ def any_policy(tmp_path_factory):
     env = {"PYTHONPATH": f"{installed}:{example}"}
     allow = '{"allow_override": true}'
     with Server(*POOL, "--kv-policy", "none", "--kv-policy-config", allow, env=env) as server:
+        yield server
+        assert server.alive(), server.log()[-4000:]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The trained model, as ``make serve`` serves it; a server of the module's own."""
+    flags = ("--kv-policy", "vlkv", "--kv-policy-config", '{"allow_override": true}')
+    with Server(*POOL, *flags, model=TRAINED) as server:
         yield server
         assert server.alive(), server.log()[-4000:]
 

@@ -10,7 +10,7 @@ import requests
 from PIL import Image
 
 from tests.prompts import words
-from tests.serving import Server, data_url
+from tests.serving import POSITIONS, Server, data_url, user_turn
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class Conversation:
 
     def ask(self, text: str, images: tuple[Image.Image, ...] = (), video: Path | None = None) -> Conversation:
         """The user's next turn."""
-        picture = "<|vision_start|><|image_pad|><|vision_end|>" * len(images)
-        picture += "<|vision_start|><|video_pad|><|vision_end|>" if video else ""
-        turn = f"<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"
+        turn = user_turn(text, len(images), video is not None)
         videos = self.videos + ((video,) if video else ())
         return Conversation(self.text + turn, self.images + tuple(images), videos)
 
@@ -41,6 +39,20 @@ class Conversation:
         if self.videos:
             body["video_data"] = [str(video) for video in self.videos]
         return body
+
+
+def talk(server: Server, said, custom: dict | None = None, before=None, length: int = 16):
+    """The prompts and answers of a conversation; ``before`` runs before every turn but the first."""
+    conversation, prompts, answers = Conversation(), [], []
+    for turn in said:
+        if prompts and before is not None:
+            before()
+        conversation = conversation.ask(*turn)
+        [answer] = server.many([conversation.body(length, custom=POSITIONS | (custom or {}))])
+        prompts.append(conversation)
+        answers.append(answer)
+        conversation = conversation.answered(answer)
+    return prompts, answers
 
 
 def twins(server: Server) -> dict:

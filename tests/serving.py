@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from sglang_vlkv.tinyvlm import build
 from sglang_vlkv.tinyvlm.ask import data_url
 
 ROOT = Path(__file__).resolve().parents[1]
+POSITIONS = {"kv_report": "positions"}  # custom_params
 TRAINED = ROOT / "examples" / "tinyvlm"
 
 
@@ -71,7 +73,7 @@ class Server:
         cwd: Path = ROOT,
         start_timeout: float = 240.0,
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = Path(tempfile.mkstemp(prefix="server-", suffix=".log")[1])
         command = [
@@ -158,9 +160,7 @@ class Server:
         **sampling,
     ) -> dict:
         """The JSON of ``/generate`` for a chat prompt with images, video and text, in this order."""
-        picture = "<|vision_start|><|image_pad|><|vision_end|>" * len(images)
-        picture += "<|vision_start|><|video_pad|><|vision_end|>" if video else ""
-        prompt = f"<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = user_turn(text, len(images), bool(video))
         params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True} | sampling
         if custom:
             params["custom_params"] = custom
@@ -193,6 +193,14 @@ class Server:
         return response.json()
 
 
+def user_turn(text: str, num_images: int, has_video: bool) -> str:
+    """The user's message in the chat template, with a placeholder per picture and video before its
+    text, and the beginning of the answer."""
+    media = "<|vision_start|><|image_pad|><|vision_end|>" * num_images
+    media += "<|vision_start|><|video_pad|><|vision_end|>" * has_video
+    return f"<|im_start|>user\n{media}{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def install_entry_point(folder: Path, group: str, name: str, value: str) -> None:
     """What pip would leave of a package with one entry point, for processes with ``folder`` on
     their ``PYTHONPATH``."""
@@ -210,7 +218,12 @@ def report(answer: dict) -> dict:
     return answer["meta_info"]["kv_policy"]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """One that nobody is given meanwhile: the system takes ports for others from 32768 up."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port := random.randrange(20_000, 32_000)))
+            except OSError:
+                continue
+            return port

@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import openai
 import pytest
 import requests
 
 from tests.prompts import CLIP, draw_prompt
-from tests.serving import ROOT, data_url, report
+from tests.serving import ROOT, Server, data_url, report
 
 REPORT_FIELDS = {
     "policy", "budget", "prompt_tokens", "visual_tokens", "voting_rows", "sparsity_per_layer",
@@ -146,33 +147,32 @@ def test_the_curl_line_of_the_readme(vlcache):
     assert answer["choices"][0]["meta_info"]["kv_policy"]["policy"] == "vlcache"
 
 
-def test_sglang_benchmark_with_images(vlcache, tmp_path):
+def completed(server: Server, tmp_path: Path, *dataset: str) -> int:
+    """Requests that SGLang's own benchmark completed."""
     run = subprocess.run(
         [
             sys.executable, "-W", "ignore", "-m", "sglang.benchmark.serving", "--backend", "sglang-oai-chat",
-            "--host", "127.0.0.1", "--port", str(vlcache.port), "--dataset-name", "image",
-            "--num-prompts", "8", "--image-count", "1", "--image-resolution", "448x448",
-            "--random-input-len", "64", "--random-output-len", "16", "--random-range-ratio", "1.0",
+            "--host", "127.0.0.1", "--port", str(server.port), *dataset,
             "--output-file", str(tmp_path / "result.jsonl"),
         ],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    result = json.loads((tmp_path / "result.jsonl").read_text().splitlines()[-1])
-    assert result["completed"] == 8
+    return json.loads((tmp_path / "result.jsonl").read_text().splitlines()[-1])["completed"]
+
+
+def test_sglang_benchmark_with_images(vlcache, tmp_path):
+    dataset = (
+        "--dataset-name", "image", "--num-prompts", "8", "--image-count", "1", "--image-resolution", "448x448",
+        "--random-input-len", "64", "--random-output-len", "16", "--random-range-ratio", "1.0",
+    )  # fmt: skip
+    assert completed(vlcache, tmp_path, *dataset) == 8
 
 
 def test_sglang_benchmark_with_shared_prefixes_over_turns(vlcache, tmp_path):
-    run = subprocess.run(
-        [
-            sys.executable, "-W", "ignore", "-m", "sglang.benchmark.serving", "--backend", "sglang-oai-chat",
-            "--host", "127.0.0.1", "--port", str(vlcache.port), "--dataset-name", "generated-shared-prefix",
-            "--gsp-num-groups", "2", "--gsp-prompts-per-group", "3", "--gsp-system-prompt-len", "64",
-            "--gsp-question-len", "16", "--gsp-output-len", "8", "--gsp-num-turns", "3",
-            "--output-file", str(tmp_path / "result.jsonl"),
-        ],
-        capture_output=True, text=True, timeout=300,
+    dataset = (
+        "--dataset-name", "generated-shared-prefix", "--gsp-num-groups", "2", "--gsp-prompts-per-group", "3",
+        "--gsp-system-prompt-len", "64", "--gsp-question-len", "16", "--gsp-output-len", "8",
+        "--gsp-num-turns", "3",
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    result = json.loads((tmp_path / "result.jsonl").read_text().splitlines()[-1])
-    assert result["completed"] == 2 * 3 * 3
+    assert completed(vlcache, tmp_path, *dataset) == 2 * 3 * 3

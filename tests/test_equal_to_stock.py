@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.conftest import POOL
-from tests.conversation import Conversation
+from tests.conversation import talk
 from tests.equality import assert_same
 from tests.prompts import CLIP, draw_prompt, picture, words
 from tests.serving import Server, report
@@ -60,16 +60,17 @@ def test_budget_of_one_in_a_batch(everything, expected, tolerance):
     assert_same(expected, everything.many(BODIES), tolerance, "budget 1 in a batch")
 
 
-def converse(server: Server, seed: int, video: bool) -> list[dict]:
-    """The answers to five turns, about half of the later ones with a picture more."""
-    rng, conversation, answers = random.Random(seed), Conversation(), []
+def five_turns(seed: int, video: bool):
+    """About half of the later ones with a picture more."""
+    rng = random.Random(seed)
     for turn in range(5):
         shows = rng.random() < 0.5 if turn else not video
         pictures = (picture(rng, 28 * 16, 28 * 14),) * shows
-        text = words(rng, rng.randint(4, 12))
-        conversation = conversation.ask(text, pictures, CLIP if video and not turn else None)
-        answers += server.many([conversation.body(12)])
-        conversation = conversation.answered(answers[-1])
+        yield words(rng, rng.randint(4, 12)), pictures, CLIP if video and not turn else None
+
+
+def converse(server: Server, seed: int, video: bool) -> list[dict]:
+    _, answers = talk(server, five_turns(seed, video), length=12)
     return answers
 
 
@@ -77,7 +78,7 @@ def converse(server: Server, seed: int, video: bool) -> list[dict]:
 def test_conversations_on_twins_that_hold_every_row(everything, stock, tolerance, video):
     """Ragged extend attention over the pieces of all turns before, and a compaction of each new one."""
     with ThreadPoolExecutor(4) as pool:
-        ours = [a for talk in pool.map(lambda s: converse(everything, s, video), range(4)) for a in talk]
+        ours = [a for each in pool.map(lambda s: converse(everything, s, video), range(4)) for a in each]
     theirs = [a for seed in range(4) for a in converse(stock, seed, video)]
     for answer, reference in zip(ours, theirs, strict=True):
         seen, cached = report(answer), reference["meta_info"]["cached_tokens"]

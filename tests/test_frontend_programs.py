@@ -14,29 +14,18 @@ from examples.frontend.backend import PICTURE, Endpoint
 from examples.frontend.choose import choose
 from examples.frontend.converse import converse
 from sglang_vlkv.tinyvlm import tasks
-from tests.conftest import POOL
-from tests.serving import TRAINED, Server
 
 DIGITS = {"blue": 6, "brown": 7, "cyan": 1, "green": 7, "yellow": 8, "orange": 2, "teal": 0, "pink": 6}
 CHOICES = [" cyan", " which digit is red?", " 1", " seven", " all the digits"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # run again, as __main__
 
 
-@pytest.fixture(scope="module")
-def server():
-    with Server(
-        *POOL, "--kv-policy", "vlkv", "--kv-policy-config", '{"allow_override": true}', model=TRAINED
-    ) as server:
-        yield server
-        assert server.alive(), server.log()[-4000:]
-
-
 @pytest.fixture
-def run(server, monkeypatch, capsys):
+def run(trained, monkeypatch, capsys):
     """Runs a program of examples/frontend as ``python -m`` does; returns what it prints."""
 
     def run(name: str, *options: str) -> str:
-        monkeypatch.setattr(sys, "argv", [name, "--server", server.url, *options])
+        monkeypatch.setattr(sys, "argv", [name, "--server", trained.url, *options])
         runpy.run_module(f"examples.frontend.{name}", run_name="__main__")
         return capsys.readouterr().out
 
@@ -48,8 +37,8 @@ def test_the_digits_are_those_of_the_picture():
     assert DIGITS == {tasks.NAMES[colour]: digit for colour, digit in scene.digits[0].items()}
 
 
-def test_describe(server, run):
-    server.flush()
+def test_describe(trained, run):
+    trained.flush()
     listed, report, *forks = run("describe").splitlines()
     assert dict(re.findall(r"([a-z]+) (\d)", listed)) == {c: str(d) for c, d in DIGITS.items()}
     assert re.fullmatch(r" *\[vlkv: 107 rows kept; cold prefix of 0/268\]", report)
@@ -78,10 +67,10 @@ def test_batch(run):
     assert run("batch").endswith("8 of 8 right\n")
 
 
-def test_a_backend_chooses_the_policy(server, run):
+def test_a_backend_chooses_the_policy(trained, run):
     out = run("batch", "--custom-params", '{"kv_policy": "random"}')
     assert out.count("[random: ") == 8 and "\n0 of 8 right" in out
-    backends = [Endpoint(server.url, custom) for custom in (None, {"kv_policy": "h2o", "kv_budget": 0.3})]
+    backends = [Endpoint(trained.url, custom) for custom in (None, {"kv_policy": "h2o", "kv_budget": 0.3})]
     states = [converse.run(str(PICTURE), ["which digit is blue?"], backend=backend) for backend in backends]
     seen = [state.get_meta_info("answer 0")["kv_policy"] for state in states]
     assert [(report["policy"], report["budget"]) for report in seen] == [("vlkv", 0.1), ("h2o", 0.3)]

@@ -8,9 +8,8 @@ from tests.conftest import POOL
 from tests.equality import assert_same, first_difference
 from tests.hf_reference import reference_budgets, reference_selection
 from tests.prompts import draw_prompt
-from tests.serving import Server, report
+from tests.serving import POSITIONS, Server, report
 
-POSITIONS = {"kv_report": "positions"}
 PICTURES = [draw_prompt(seed, kind) for kind in ("image", "images") for seed in range(10, 14)]
 
 

@@ -13,11 +13,11 @@ import pytest
 import requests
 
 from sglang_vlkv.policies import policies
+from tests.equality import alike
 from tests.prompts import Prompt, draw_prompt, picture, words
-from tests.serving import Server, install_entry_point, report
+from tests.serving import POSITIONS, Server, install_entry_point, report
 
 VLCACHE = ("--kv-policy", "vlcache")
-POSITIONS = {"kv_report": "positions"}
 
 
 def assert_sound(server: Server) -> None:
@@ -94,10 +94,7 @@ def test_retracted_requests_complete_and_select_again(tight):
     for solo, answer in zip(alone, crowd, strict=True):
         assert answer["meta_info"]["finish_reason"]["type"] in ("length", "stop")
         assert report(answer)["prompt_tokens"] == report(solo)["prompt_tokens"]
-        assert report(answer)["kept_per_layer"] == report(solo)["kept_per_layer"]
-        pairs = zip(sum(report(answer)["positions"], []), sum(report(solo)["positions"], []))
-        shared = [len(set(a) & set(b)) / len(a) for a, b in pairs]
-        assert min(shared) >= 0.9 and sum(shared) / len(shared) >= 0.98
+        alike(answer, solo)
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])

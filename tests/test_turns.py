@@ -8,13 +8,12 @@ import re
 import pytest
 
 from tests.conftest import FLEET
-from tests.conversation import Conversation, evict_exact_kv, twins
-from tests.equality import assert_same
+from tests.conversation import Conversation, evict_exact_kv, talk, twins
+from tests.equality import alike, assert_same
 from tests.prompts import CLIP, draw_prompt, picture, words
-from tests.serving import Server, report
+from tests.serving import POSITIONS, Server, report
 from tests.test_kept_rows import same_kept
 
-POSITIONS = {"kv_report": "positions"}
 LAYERS = 4
 POOL = FLEET["fallback"][0]
 CHOICES = {
@@ -35,20 +34,6 @@ def turns(seed: int, kind: str, count: int = 6):
         yield words(rng, rng.randint(4, 12)), images, video
 
 
-def talk(server: Server, said, custom: dict | None = None, before=None, length: int = 16):
-    """The prompts and answers of a conversation; ``before`` runs before every turn but the first."""
-    conversation, prompts, answers = Conversation(), [], []
-    for turn in said:
-        if prompts and before is not None:
-            before()
-        conversation = conversation.ask(*turn)
-        [answer] = server.many([conversation.body(length, custom=POSITIONS | (custom or {}))])
-        prompts.append(conversation)
-        answers.append(answer)
-        conversation = conversation.answered(answer)
-    return prompts, answers
-
-
 def prefix(answer: dict) -> dict:
     return report(answer)["prefix"]
 
@@ -62,14 +47,6 @@ def held(answer: dict) -> int:
     """Slots that the kept rows of the prompt take."""
     seen = report(answer)
     return seen["kept_bytes"] // (seen["full_bytes"] // seen["prompt_tokens"])
-
-
-def alike(one: dict, other: dict) -> None:
-    """Kept sets that rounding alone may have parted."""
-    assert report(one)["kept_per_layer"] == report(other)["kept_per_layer"]
-    pairs = zip(sum(report(one)["positions"], []), sum(report(other)["positions"], []))
-    shared = [len(set(a) & set(b)) / len(a) for a, b in pairs]
-    assert min(shared) >= 0.9 and sum(shared) / len(shared) >= 0.98, shared
 
 
 # ---- Conversations ----

@@ -13,11 +13,11 @@ import pytest
 import requests
 
 from tests.conftest import FLEET
-from tests.conversation import Conversation, evict_exact_kv, twins
-from tests.equality import assert_same, first_difference
+from tests.conversation import Conversation, evict_exact_kv, talk, twins
+from tests.equality import alike, assert_same, first_difference
 from tests.prompts import CLIP, draw_prompt, picture, words
-from tests.serving import Server, report
-from tests.test_turns import POSITIONS, alike, prefix, talk, turns
+from tests.serving import POSITIONS, Server, report
+from tests.test_turns import prefix, turns
 
 REQUESTS = int(os.environ.get("VLKV_FUZZ", 120))  # over four servers
 POLICIES = ["vlcache", "vlkv", "h2o", "elastic", "snapkv", "prefixkv", "lookm", "expected", "infinipotv"]

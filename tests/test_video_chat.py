@@ -15,25 +15,15 @@ from selenium.webdriver.common.keys import Keys
 from examples.video_chat import client, make_clip
 from tests import browser
 from tests.browser import App, Page
-from tests.conftest import POOL
-from tests.serving import ROOT, TRAINED, Server
+from tests.serving import ROOT
 
 CLIP, PICTURE = make_clip.CLIP, ROOT / "examples" / "digits.png"
 MAX_MB = 0.5
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Server(
-        *POOL, "--kv-policy", "vlkv", "--kv-policy-config", '{"allow_override": true}', model=TRAINED
-    ) as server:
-        yield server
-        assert server.alive(), server.log()[-4000:]
-
-
-@pytest.fixture(scope="module")
-def app(server):
-    with App(server, MAX_MB) as app:
+def app(trained):
+    with App(trained, MAX_MB) as app:
         yield app
 
 
@@ -54,18 +44,18 @@ def driver(tmp_path_factory):
 
 
 @pytest.fixture
-def page(driver, server, app):
+def page(driver, trained, app):
     driver.get_log("browser")  # forgets those before
     driver.get(app.url)
-    page = Page(driver, server)
+    page = Page(driver, trained)
     page.wait(lambda: page.at("#server").text == app.server)
     yield page
     unexpected = [entry for entry in driver.get_log("browser") if "status of 413" not in entry["message"]]
     assert not unexpected
 
 
-def test_questions_about_a_video_and_what_became_of_the_cache(page, server):
-    server.flush()
+def test_questions_about_a_video_and_what_became_of_the_cache(page, trained):
+    trained.flush()
     page.open(CLIP)
     answer, seen = page.ask("which digit is red?")
     assert answer == "the digit is red 4"
@@ -269,9 +259,9 @@ def terminal(*arguments: str, typed: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, input=typed, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_terminal(server):
-    server.flush()
-    options = ("--server", server.url, "--video", str(CLIP))
+def test_terminal(trained):
+    trained.flush()
+    options = ("--server", trained.url, "--video", str(CLIP))
     run = terminal(*options, "which digit is red?", f"/open {PICTURE}", "which digit is cyan?")
     assert run.returncode == 0, run.stderr
     first, second = run.stdout.strip().split("\n\n")

@@ -1,8 +1,7 @@
 """Answers by choosing: the likeliest of the choices continues the prompt.
 
 ``sgl.select`` reads the logprobs of the choices' own tokens in a prefill. Nothing is decoded, so under
-every policy it chooses what the full cache chooses. It sends all choices at once, which a server
-refuses whose policy drafts (``draft_tokens``).
+every policy it chooses what the full cache chooses.
 """
 
 from __future__ import annotations
