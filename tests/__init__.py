@@ -5,14 +5,13 @@ Servers are processes of their own and never see the variable.
 """
 
 import os
-import pkgutil
 from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import walk_packages
 
 os.environ["TRITON_INTERPRET"] = "1"
 for package in ("sglang_vlkv.kernels", "flashinfer_ext"):
-    if pkgutil.find_loader(package) is None:
-        continue
-    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
-        if module.name.endswith(".triton"):
+    if find_spec(package):
+        for module in walk_packages(import_module(package).__path__, f"{package}."):
             import_module(module.name)
 del os.environ["TRITON_INTERPRET"]
