@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from sglang_vlkv import config
+from sglang_vlkv.attention import COUNTERPARTS
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +46,24 @@ def register_resolution() -> None:
 
 
 def _choose_attention_backend(server_args, previous) -> None:
-    """Where the operator named no backend, SGLang would pick one for the hardware."""
+    """Where the operator named no backend, SGLang picks one for the hardware, which may have no
+    ragged counterpart."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     cfg = resolving_view(server_args)
-    if config.settings_of(server_args) and not any(getattr(cfg, name) for name in named):
+    chosen = config.settings_of(server_args) is None or any(getattr(cfg, name) for name in named)
+    if not chosen and cfg.device == "cpu":
         declare_resolution(server_args, "sglang_vlkv", attention_backend="torch_native")
     previous(server_args)
+    if not chosen and cfg.device == "cuda" and cfg.attention_backend not in COUNTERPARTS["cuda"]:
+        declare_resolution(server_args, "sglang_vlkv", attention_backend="triton")
 
 
 def _validate(server_args, previous) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     from sglang_vlkv.radix import BACKEND
     from sglang_vlkv.validation import refuse
@@ -67,5 +73,11 @@ def _validate(server_args, previous) -> None:
         if any(getattr(server_args, name, None) for name in ("kv_budget", "kv_policy_config")):
             logger.warning("--kv-budget and --kv-policy-config have no effect without --kv-policy.")
         return
-    refuse(resolving_view(server_args), model_config_of(server_args))
+    cfg = resolving_view(server_args)
+    refuse(cfg, model_config_of(server_args))
     declare_resolution(server_args, "sglang_vlkv", radix_cache_backend=BACKEND)
+    graphs = cfg.cuda_graph_config
+    if graphs is not None and graphs.prefill.backend != Backend.DISABLED:
+        logger.info("Prefill CUDA graphs are off: policies look at every prefill. Decode keeps its own.")
+        graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
+        declare_resolution(server_args, "sglang_vlkv", cuda_graph_config=graphs)

@@ -50,6 +50,8 @@ class Compactor:
     Args:
         tree: the scheduler's radix cache.
         sum_over_ranks: adds an int64 tensor over the tensor-parallel ranks, in place or not.
+        await_forward: what is issued from here on runs after all forwards issued so far, which may
+            still write what is read here, or read what is given back. The host does not wait.
 
     Attributes:
         resting: requests that the last run retracted. Their prefill's result is still to come, so
@@ -57,13 +59,17 @@ class Compactor:
     """
 
     def __init__(
-        self, tree: TwinRadixCache, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        tree: TwinRadixCache,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        await_forward: Callable[[], None] = lambda: None,
     ) -> None:
         self.resting: list[Req] = []
         self._tree = tree
         self._pool = tree.pool
         self._req_to_token_pool = tree.req_to_token_pool
         self._sum_over_ranks = sum_over_ranks
+        self._await_forward = await_forward
 
     def run(self, scheduler: Scheduler, batch: ScheduleBatch) -> None:
         """Compacts what is pending in ``batch``; a request for whose rows there is no room is
@@ -72,8 +78,13 @@ class Compactor:
         self._tree.decoding = batch.reqs
         self._tree.unpin_all_but(scheduler.waiting_queue)
         self._slide(batch)
-        if not any(state.pending for state in self._pool.requests.holders()):
-            return
+        if any(state.pending for state in self._pool.requests.holders()):
+            self._compact(scheduler, batch)
+        # With overlap the host has not seen the newest token yet, and the next one joins it.
+        decoding = ((req, req.seqlen + 2) for req in batch.reqs)
+        self._pool.requests.expect(decoding, self._pool.layer_num)
+
+    def _compact(self, scheduler: Scheduler, batch: ScheduleBatch) -> None:
         finishing = scheduler._reqs_finishing_inflight(batch)
         fresh = [
             (req, state)
@@ -86,6 +97,7 @@ class Compactor:
         ]
         if not fresh:
             return
+        self._await_forward()
         # All exact prompts go before any kept row is placed: they may share what they free.
         gathered = [
             self._gather(req, state, selection)
@@ -231,6 +243,7 @@ class Compactor:
         state.first_own = n
         state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
         state.scores, state.pending = {}, False
+        pool.requests.sees(state)
         tree.hold(req, state, twin)
         tree.twins.exact_is_there(twin)
         tree.unlock(req.lock)

@@ -84,6 +84,12 @@ HOOKS = (
         "sends the report",
     ),
     Hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
+        AROUND,
+        "sglang_vlkv.wiring:decode_graph", ("self", "forward_batch"),
+        "a step that leaves a draft, or reads more rows than its graph's buffers list, runs eagerly",
+    ),
+    Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", AFTER,
         "sglang_vlkv.frontend:validate_request", ("self", "obj", "input_ids"),
         "bad custom_params are an HTTP 400",
@@ -127,6 +133,19 @@ USES = {
         "TorchNativeAttnBackend.forward_extend": "self q k v layer forward_batch save_kv_cache",
         "TorchNativeAttnBackend.forward_decode": "self q k v layer forward_batch save_kv_cache",
     },
+    "sglang.srt.layers.attention.triton_backend": {
+        "TritonAttnBackend.__init__": "self model_runner",
+        "TritonAttnBackend.init_forward_metadata": "self forward_batch",
+        "TritonAttnBackend.forward_extend": "self q k v layer forward_batch save_kv_cache",
+    },
+    "sglang.srt.layers.attention.base_attn_backend": {
+        "AttentionBackend.init_forward_metadata_out_graph": "self forward_batch in_capture",
+        "AttentionBackend.init_forward_metadata_in_graph": "self forward_batch",
+        "AttentionBackend.init_cuda_graph_state": "self max_bs max_num_tokens",
+    },
+    "sglang.srt.runtime_context": {
+        "get_parallel": "",
+    },
     "sglang.srt.layers.rotary_embedding.base": {
         "RotaryEmbedding.__init__": "self head_size rotary_dim is_neox_style",
     },
@@ -134,6 +153,7 @@ USES = {
         "MHATokenToKVPool._create_buffers_normal": "self",
         "MHATokenToKVPool._kv_buffer_shapes": "self",
         "MHATokenToKVPool.set_kv_buffer": "self layer loc_info cache_k cache_v",
+        "KVWriteLoc.for_batch": "forward_batch",
     },
     "sglang.srt.mem_cache.registry": {
         "register_radix_cache_backend": "name factory",
@@ -179,6 +199,7 @@ USES = {
     "sglang.srt.managers.scheduler": {
         "Scheduler._reqs_finishing_inflight": "self batch",
         "Scheduler._add_request_to_queue": "self req is_retracted",
+        "Scheduler._apply_war_barrier": "self",
     },
     "sglang.srt.managers.schedule_policy": {
         "PrefillAdder.add_one_req": "self req",

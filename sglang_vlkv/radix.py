@@ -207,6 +207,7 @@ class TwinRadixCache(UnifiedRadixCache):
             rows = sum(layer.shape[1] for layer in state.kept)
             own = 0 if state.pending else max(0, n - state.first_own)
             state.kept_slots = -(-rows // self.pool.layer_num) + own
+        self.requests.sees(state)
         self.hold(req, state, twin, hit.rows)
         self.twins.hits += 1
 

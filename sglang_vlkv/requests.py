@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Iterator
+from typing import Iterable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 
 from sglang_vlkv.base import LayerScores, Policy, Prompt
+from sglang_vlkv.device_rows import DeviceRows
 from sglang_vlkv.twins import Hit, Twin
 
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
@@ -130,9 +131,14 @@ class RequestState:
 
 
 class Requests:
-    """The states, by request object and by ``req_to_token`` row."""
+    """The states, by request object and by ``req_to_token`` row.
+
+    Attributes:
+        on_device: where an accelerator reads what they see; None where the host does.
+    """
 
     def __init__(self) -> None:
+        self.on_device: DeviceRows | None = None
         self._by_request: WeakKeyDictionary[object, RequestState] = WeakKeyDictionary()
         self._by_row: dict[int, RequestState] = {}
         self._drafts: OrderedDict[str, dict[int, torch.Tensor]] = OrderedDict()
@@ -157,10 +163,33 @@ class Requests:
         state.sliding, state.evicted, state.last_slots = [], 0, 0
         self._by_row[row] = state
 
+    def sees(self, state: RequestState) -> None:
+        """``state``'s cells are others now."""
+        if self.on_device is not None:
+            self.on_device.set(state.row, state.cells, state.sliding, state.first_own)
+
+    def expect(self, decoding: Iterable[tuple[object, int]], num_layers: int) -> None:
+        """Says what the requests that may decode next need of the device, each with its sequence's
+        length by then."""
+        if self.on_device is None:
+            return
+        visible, drafts = 0, False
+        for request, length in decoding:
+            state = self.get(request)
+            if state is None or state.cells is None:
+                visible += length * num_layers
+                continue
+            own = sum(state.sliding) or (length - state.first_own) * num_layers
+            visible += sum(map(len, state.cells)) + own
+            drafts |= bool(state.plan.writes_draft)
+        self.on_device.visible, self.on_device.drafts = visible, drafts
+
     def release_row(self, state: RequestState) -> None:
         """The request finished, was aborted or was retracted; its rows are no longer its own."""
         if self._by_row.get(state.row) is state:
             del self._by_row[state.row]
+            if self.on_device is not None:
+                self.on_device.clear(state.row)
         if state.drafted:
             self._leave_draft(state)
         state.row, state.cells, state.hit, state.pending = None, None, None, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.utils.common import get_bool_env_var
@@ -87,21 +88,29 @@ def _slides(model) -> bool:
 
 def _server_refusals(cfg) -> list[Refusal]:
     fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    served = COUNTERPARTS.get(cfg.device, {})
+    prefill, decode = (getattr(cfg, field) or cfg.attention_backend for field in fields[1:])
     return [
         Refusal(
-            cfg.device != "cpu",
-            f"--device {cfg.device}",
-            "this version moves rows without regard to an accelerator's streams",
-            "Use a machine without an accelerator",
+            cfg.device not in COUNTERPARTS or torch.version.hip is not None,
+            f"--device {'cuda on ROCm' if torch.version.hip else cfg.device}",
+            "it has no kernels for this device",
+            "Serve on NVIDIA GPUs or on a CPU",
         ),
         *(
             Refusal(
-                getattr(cfg, field) not in (None, *COUNTERPARTS),
+                getattr(cfg, field) not in (None, *served),
                 f"--{field.replace('_', '-')} {getattr(cfg, field)}",
                 "it cannot read per-layer ragged rows",
-                f"Use --{field.replace('_', '-')} {' or '.join(COUNTERPARTS)}",
+                f"Use --{field.replace('_', '-')} {' or '.join(served)}",
             )
             for field in fields
+        ),
+        Refusal(
+            prefill != decode,
+            f"--prefill-attention-backend {prefill} with --decode-attention-backend {decode}",
+            "one backend both scores the prompt and reads the kept rows",
+            f"Use --attention-backend {decode}",
         ),
         Refusal(
             cfg.page_size is not None and cfg.page_size > 1,

@@ -55,8 +55,9 @@ def register_backends() -> None:
 
         return create
 
-    for name, ours in COUNTERPARTS.items():
-        register_attention_backend(name)(counterpart(ATTENTION_BACKENDS[name], ours))
+    for counterparts in COUNTERPARTS.values():
+        for name, ours in counterparts.items():
+            register_attention_backend(name)(counterpart(ATTENTION_BACKENDS[name], ours))
 
 
 def arm(_result, scheduler, *args, **kwargs) -> None:
@@ -83,7 +84,7 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         "attention backend": (
             f"{type(scheduler.tp_worker.model_runner.attn_backend).__module__}."
             f"{type(scheduler.tp_worker.model_runner.attn_backend).__name__}",
-            *COUNTERPARTS.values(),
+            *COUNTERPARTS[scheduler.device].values(),
         ),
     }
     wrong = [f"{part} {have}" for part, (have, *wanted) in found.items() if have not in wanted]
@@ -108,7 +109,7 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         special_ids=set(tokenizer.all_special_ids) if tokenizer else set(),
         end_of_turn_ids=set(scheduler.model_config.hf_eos_token_id or ()),
     )
-    tree.compactor = Compactor(tree, _rank_sum(scheduler))
+    tree.compactor = Compactor(tree, _rank_sum(scheduler), _forward_barrier(scheduler))
     logger.info("KV policy armed: %r", settings)
 
 
@@ -122,6 +123,13 @@ def _rank_sum(scheduler):
         return counts
 
     return total
+
+
+def _forward_barrier(scheduler):
+    """Holds the scheduler's stream back until the forward stream has done what it was given."""
+    if scheduler.device == "cpu":
+        return lambda: None
+    return lambda: torch.cuda.current_stream().wait_stream(scheduler.forward_stream)
 
 
 def report_armed(info: dict, scheduler) -> dict:
@@ -143,6 +151,13 @@ def compact(scheduler, running_batch) -> None:
     compactor = getattr(scheduler.tree_cache, "compactor", None)
     if compactor is not None:
         compactor.run(scheduler, running_batch)
+
+
+def decode_graph(original, runner, forward_batch) -> bool:
+    """Around ``DecodeCudaGraphRunner.can_run_graph``."""
+    requests = getattr(runner.model_runner.token_to_kv_pool, "requests", None)
+    on_device = None if requests is None else requests.on_device
+    return (on_device is None or on_device.graph_serves) and original(runner, forward_batch)
 
 
 def adder_class(result, scheduler):

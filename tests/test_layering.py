@@ -19,7 +19,8 @@ BELOW = {
     "kernels": {"base", "kernels"},
     "policies": {"base", "budgets", "kernels", "policies"},
     "twins": set(),
-    "requests": {"base", "twins"},
+    "device_rows": {"kernels"},
+    "requests": {"base", "twins", "device_rows"},
     "config": {"base", "policies"},
 }
 

@@ -1,8 +1,11 @@
 """What cannot be served is refused before the model loads, and reports do not pile up."""
 
 import argparse
+import ast
 import re
 import weakref
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from sglang_vlkv.attention import COUNTERPARTS
 from sglang_vlkv.config import add_flags
 from sglang_vlkv.radix import BACKEND
 from sglang_vlkv.validation import refuse
+from tests.serving import ROOT
 
 
 class Arguments(SimpleNamespace):
@@ -52,7 +56,13 @@ SERVABLE = dict(device="cpu", attention_backend="torch_native", page_size=1)
 # settings, what the refusal says was asked, what it says to do
 SERVERS = [
     (dict(attention_backend="fa3"), "--attention-backend fa3", "--attention-backend torch_native"),
-    (dict(device="cuda"), "--device cuda", "machine without an accelerator"),
+    (dict(device="xpu"), "--device xpu", "NVIDIA GPUs"),
+    (dict(device="cuda"), "--attention-backend torch_native", "--attention-backend fa3 or flashinfer or triton"),
+    (
+        dict(device="cuda", attention_backend="fa3", decode_attention_backend="triton"),
+        "--prefill-attention-backend fa3 with --decode-attention-backend triton",
+        "Use --attention-backend triton",
+    ),
     (dict(decode_attention_backend="triton"), "--decode-attention-backend triton", "--decode-attention-backend torch_native"),
     (dict(prefill_attention_backend="flashinfer"), "--prefill-attention-backend flashinfer", "--prefill-attention-backend torch_native"),
     (dict(page_size=16), "--page-size 16", "--page-size 1"),
@@ -155,9 +165,29 @@ def test_what_can_be_served_is(settings):
     refuse(Arguments(**SERVABLE | settings), model())
 
 
-@pytest.mark.parametrize("backend", COUNTERPARTS)
-def test_every_counterpart_is_served(backend):
-    refuse(Arguments(**SERVABLE | dict(attention_backend=backend)), model())
+@pytest.mark.parametrize("device, backend", [(d, name) for d, names in COUNTERPARTS.items() for name in names])
+def test_every_counterpart_is_served(device, backend):
+    refuse(Arguments(**SERVABLE | dict(device=device, attention_backend=backend)), model())
+
+
+@pytest.mark.parametrize("ours", COUNTERPARTS["cuda"].values())
+def test_what_gpu_backends_override_is_there(ours):
+    """Some of SGLang's import only beside a GPU's driver, so both sides are read, not imported."""
+    source = ast.parse((ROOT / f"{ours.rpartition('.')[0].replace('.', '/')}.py").read_text())
+    [stock] = [
+        (node.module, node.names[0].name)
+        for node in source.body
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("sglang.srt.layers.attention")
+    ]
+    upstream = Path(find_spec("sglang").origin).parent.joinpath(*stock[0].split(".")[1:]).with_suffix(".py")
+    [found] = [n for n in ast.parse(upstream.read_text()).body if getattr(n, "name", "") == stock[1]]
+    methods = {n.name: [a.arg for a in n.args.args] for n in found.body if isinstance(n, ast.FunctionDef)}
+    assert methods["__init__"][:2] == ["self", "model_runner"]
+    assert methods["init_forward_metadata"] == ["self", "forward_batch"]
+    assert methods["init_forward_metadata_out_graph"] == ["self", "forward_batch", "in_capture"]
+    assert methods["init_cuda_graph_state"][:3] == ["self", "max_bs", "max_num_tokens"]
+    for name in ("forward_extend", "forward_decode"):
+        assert methods[name][:7] == ["self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"]
 
 
 def test_a_window_that_is_stated_but_unused_is_served():

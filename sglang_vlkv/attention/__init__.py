@@ -1,6 +1,13 @@
 """One ragged counterpart for each SGLang attention backend that can serve a policy."""
 
-# SGLang attention backend -> what serves it while a policy is armed.
+# By device: SGLang attention backend -> what serves it while a policy is armed.
 COUNTERPARTS = {
-    "torch_native": "sglang_vlkv.attention.torch_native.RaggedTorchNativeBackend",
+    "cpu": {
+        "torch_native": "sglang_vlkv.attention.torch_native.RaggedTorchNativeBackend",
+    },
+    "cuda": {
+        "fa3": "sglang_vlkv.attention.flashattention.RaggedFlashAttentionBackend",
+        "flashinfer": "sglang_vlkv.attention.flashinfer.RaggedFlashInferBackend",
+        "triton": "sglang_vlkv.attention.triton.RaggedTritonBackend",
+    },
 }

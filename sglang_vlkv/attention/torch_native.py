@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Sequence
 
 import torch
@@ -10,7 +10,8 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_vlkv.attention.rotary import find_rope
-from sglang_vlkv.base import Layer, Modality
+from sglang_vlkv.attention.scoring import Chunk, Extend, chunk_of, extends_of, heads, score
+from sglang_vlkv.base import Modality
 from sglang_vlkv.kernels.ragged_attention import causal_extend, ragged_decode
 from sglang_vlkv.requests import RequestState
 
@@ -19,18 +20,15 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class Extend(NamedTuple):
-    """A request that prefills ``[start, end)`` of its sequence; its queries begin at ``offset``.
+class Prefill(NamedTuple):
+    """What an extend sees beside its own tokens.
 
     Attributes:
         cells: per layer, the cells of the twin that it goes on from; None where all is exact.
         first_own: tokens from this position on have slots of their own.
     """
 
-    row: int
-    start: int
-    end: int
-    offset: int
+    extend: Extend
     cells: list[torch.Tensor] | None = None
     first_own: int = 0
 
@@ -58,28 +56,11 @@ class Decode(NamedTuple):
         return own if self.cells is None else torch.cat([self.cells[layer], own])
 
 
-class Chunk(NamedTuple):
-    """The prompt positions among a request's queries, where its policy looks at them.
-
-    Attributes:
-        queries: which queries of the batch are the chunk's, prompt positions only.
-        votes: which of them are voting rows; may be empty.
-        slots: of what competes, up to the chunk's end, ``[positions]``.
-        is_last: the chunk ends the prompt.
-    """
-
-    state: RequestState
-    queries: slice
-    votes: slice
-    slots: torch.Tensor
-    is_last: bool
-
-
 @dataclass
 class Work:
     """What one forward pass has to do, found once and used by every layer."""
 
-    extends: list[Extend] = field(default_factory=list)
+    prefills: list[Prefill] = field(default_factory=list)
     decodes: list[Decode] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
 
@@ -103,18 +84,14 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
         self._work = Work()
-        rows = forward_batch.req_pool_indices.tolist()
         if forward_batch.forward_mode.is_decode():
-            lengths = forward_batch.seq_lens.tolist()
+            rows, lengths = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
             for offset, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 self._work.decodes.append(self._decode(row, length, offset))
             self.token_to_kv_pool.tags[forward_batch.out_cache_loc] = Modality.TEXT
         elif forward_batch.forward_mode.is_extend():
-            offset = 0
-            starts, lengths = forward_batch.extend_prefix_lens, forward_batch.extend_seq_lens
-            for row, start, length in zip(rows, starts.tolist(), lengths.tolist(), strict=True):
-                self._add_extend(Extend(row, start, start + length, offset))
-                offset += length
+            for extend in extends_of(forward_batch):
+                self._add(extend)
 
     def _decode(self, row: int, length: int, offset: int) -> Decode:
         state = self.token_to_kv_pool.requests.at_row(row)
@@ -125,31 +102,18 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         draft = state if state.plan.writes_draft else None
         return Decode(offset, state.cells, slots[first:], state.sliding, draft)
 
-    def _add_extend(self, extend: Extend) -> None:
+    def _add(self, extend: Extend) -> None:
         state = self.token_to_kv_pool.requests.at_row(extend.row)
+        prefill = Prefill(extend)
         if state is not None and state.cells is not None:
             if not state.pending and extend.end - extend.start == 1:
                 # It decodes and rides a mixed batch, or has one token to go on from its twin.
                 self._work.decodes.append(self._decode(extend.row, extend.end, extend.offset))
                 return
-            extend = extend._replace(cells=state.cells, first_own=state.first_own)
-        self._work.extends.append(extend)
-        if state is None or not state.pending:
-            return
-        n = state.plan.end
-        end = min(extend.end, n)  # outputs of a retracted request do not vote
-        if extend.start >= end:
-            return
-        shift = extend.offset - extend.start
-        first_voting = min(max(extend.start, state.plan.first_voting), end)
-        chunk = Chunk(
-            state,
-            queries=slice(extend.start + shift, end + shift),
-            votes=slice(first_voting + shift, end + shift),
-            slots=self.req_to_token_pool.req_to_token[extend.row, state.plan.start : end],
-            is_last=end == n,
-        )
-        if state.plan.policy.observes or first_voting < end:
+            prefill = Prefill(extend, state.cells, state.first_own)
+        self._work.prefills.append(prefill)
+        chunk = chunk_of(extend, self.token_to_kv_pool, self.req_to_token_pool.req_to_token)
+        if chunk is not None:
             self._work.chunks.append(chunk)
 
     def forward_decode(
@@ -158,7 +122,7 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         out = torch.empty_like(q)
         if save_kv_cache:
             self._write(layer, forward_batch, k, v)
-        self._ragged_decode(layer, _heads(q, layer), _heads(out, layer))
+        self._ragged_decode(layer, heads(q, layer), heads(out, layer))
         return out
 
     def forward_extend(
@@ -167,10 +131,10 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         out = torch.empty_like(q)
         if save_kv_cache:
             self._write(layer, forward_batch, k, v)
-        q_heads, out_heads = _heads(q, layer), _heads(out, layer)
-        keys = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        for extend in self._work.extends:
-            k, v = self._rows(extend, layer.layer_id)
+        q_heads, out_heads = heads(q, layer), heads(out, layer)
+        for prefill in self._work.prefills:
+            k, v = self._rows(prefill, layer.layer_id)
+            extend = prefill.extend
             queries = slice(extend.offset, extend.offset + extend.end - extend.start)
             out_heads[queries] = causal_extend(q_heads[queries], k.to(q.dtype), v.to(q.dtype), layer.scaling)
         if self._work.decodes:
@@ -179,16 +143,16 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             attended = torch.empty_like(queries)
             self._ragged_decode(layer, queries, attended)
             out_heads[offsets] = attended
-        self._score(layer, q_heads, keys)
+        score(self._work.chunks, layer, q_heads, self.token_to_kv_pool, self.rope)
         return out
 
-    def _rows(self, extend: Extend, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, prefill: Prefill, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V ``[rows, H, D]`` that the request's new tokens see, their own at the end."""
-        pool = self.token_to_kv_pool
-        own = self.req_to_token_pool.req_to_token[extend.row, extend.first_own : extend.end]
-        if extend.cells is None:
+        pool, extend = self.token_to_kv_pool, prefill.extend
+        own = self.req_to_token_pool.req_to_token[extend.row, prefill.first_own : extend.end]
+        if prefill.cells is None:
             return pool.get_key_buffer(layer)[own], pool.get_value_buffer(layer)[own]
-        cells = torch.cat([extend.cells[layer], own + layer * pool.cells_per_layer])
+        cells = torch.cat([prefill.cells[layer], own + layer * pool.cells_per_layer])
         return pool.k_cells[cells], pool.v_cells[cells]
 
     def _write(self, layer: RadixAttention, forward_batch: ForwardBatch, k, v) -> None:
@@ -213,35 +177,3 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             cells = self.token_to_kv_pool.k_cells
             self._workspace = cells.new_empty(2, rows + rows // 2, *cells.shape[1:])
         return self._workspace
-
-    def _score(self, layer: RadixAttention, q: torch.Tensor, keys: torch.Tensor) -> None:
-        """What the policies see of this layer; they score a prompt at its last chunk."""
-        values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        for chunk in self._work.chunks:
-            state, policy, index = chunk.state, chunk.state.plan.policy, layer.layer_id
-            state.queries.setdefault(index, []).append(q[chunk.votes].clone())
-            if not (policy.observes or chunk.is_last):
-                continue
-            prompt_layer = Layer(
-                prompt=state.plan.prompt,
-                q=q[chunk.queries],
-                k=keys[chunk.slots],
-                values=lambda slots=chunk.slots: values[slots],
-                scale=layer.scaling,
-                index=index,
-                rope=self.rope,
-            )
-            if policy.observes:
-                state.seen[index] = policy.observe(state.seen.get(index), prompt_layer)
-            if chunk.is_last:
-                voting = torch.cat(state.queries.pop(index))
-                seen = state.seen.pop(index, None)
-                draft = self.token_to_kv_pool.requests.draft_for(state, index)
-                prompt_layer = replace(prompt_layer, q=voting, seen=seen, draft=draft)
-                state.scores[index] = policy.score(prompt_layer)
-                state.draft_rows = 0 if draft is None else len(draft)
-
-
-def _heads(x: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-    """``[tokens, Hq * D]`` or ``[tokens, Hq, D]`` as ``[tokens, Hq, D]``, sharing memory."""
-    return x.view(-1, layer.tp_q_head_num, layer.qk_head_dim)

@@ -1,0 +1,180 @@
+"""What the ragged counterparts of SGLang's GPU attention backends have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_vlkv.attention.rotary import find_rope
+from sglang_vlkv.attention.scoring import chunk_of, extends_of, heads, score
+from sglang_vlkv.base import Modality
+from sglang_vlkv.device_rows import DeviceRows
+from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices, ragged_extend
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_vlkv.attention.scoring import Extend
+
+SHARED = 2  # a decode step's index lists may be this often longer than the pool: rows are shared
+
+
+class DecodeKernel(Protocol):
+    """Decode attention of all layers of one step."""
+
+    def plan(self, indptr: torch.Tensor) -> None:
+        """Divides the work of every layer, on the device: ``indptr`` is ``[L, B + 1]``."""
+
+    def run(self, layer, q, k_cells, v_cells, indptr, indices, scale, out=None) -> torch.Tensor:
+        """Attention of ``q`` ``[B, Hq, D]`` in one layer."""
+
+
+class RaggedDeviceBackend:
+    """Comes before a stock backend among a class's bases, and takes over what that one cannot read.
+
+    A prefill whose requests are all exact is the stock backend's, to the last instruction. Decode
+    steps, and prefills that go on from compacted rows, read per-layer index lists. Those of a decode
+    step are built and planned by kernels inside its CUDA graph, from ``req_to_token`` and
+    :class:`DeviceRows`; the host neither computes nor sends anything.
+
+    Attributes:
+        rope: the model's rotary embedding, None where none is known.
+    """
+
+    def __init__(self, model_runner, *args, **kwargs) -> None:
+        super().__init__(model_runner, *args, **kwargs)
+        pool = self.token_to_kv_pool
+        self.rope = find_rope(model_runner.model)
+        self._req_to_token = model_runner.req_to_token_pool.req_to_token
+        num_rows = len(self._req_to_token)
+        capacity = SHARED * pool.layer_num * pool.cells_per_layer // 2
+        self._rows = pool.requests.on_device = DeviceRows(num_rows, pool.layer_num, capacity, pool.device)
+        self._indices = RaggedIndices(pool.layer_num, num_rows, capacity, pool.device)
+        config = model_runner.model_config
+        num_q_heads = config.num_attention_heads // get_parallel().attn_tp_size
+        self._kernel = self.decode_kernel(num_rows, num_q_heads, config.dtype)
+        self._lists: tuple[torch.Tensor, torch.Tensor] = ()
+        self._chunks, self._drafting, self._extends = [], [], None
+
+    def decode_kernel(self, max_requests: int, num_q_heads: int, dtype: torch.dtype) -> DecodeKernel:
+        """What attends in decode steps."""
+        raise NotImplementedError
+
+    # ---- Metadata ----
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing: the buffers of decode steps are those of eager ones."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self._plan_decode(forward_batch)
+            return
+        super().init_forward_metadata(forward_batch)
+        extends = list(extends_of(forward_batch))
+        found = (chunk_of(extend, self.token_to_kv_pool, self._req_to_token) for extend in extends)
+        self._chunks = [chunk for chunk in found if chunk is not None]
+        self._extends = self._list_extends(forward_batch, extends)
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        if not forward_batch.forward_mode.is_decode_or_idle():
+            super().init_forward_metadata_out_graph(forward_batch, in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        if forward_batch.forward_mode.is_decode_or_idle():
+            self._plan_decode(forward_batch)
+        else:
+            super().init_forward_metadata_in_graph(forward_batch)
+
+    def _plan_decode(self, batch: ForwardBatch) -> None:
+        """Builds and plans the index lists of all layers; recorded where a graph is captured."""
+        if not batch.batch_size:
+            return
+        pool, rows = self.token_to_kv_pool, self._rows
+        indices = self._indices
+        if rows.visible > rows.capacity and not torch.cuda.is_current_stream_capturing():
+            indices = RaggedIndices(pool.layer_num, batch.batch_size, rows.visible, pool.device)
+        self._lists = indices.build(
+            rows.table, batch.req_pool_indices, batch.seq_lens, self._req_to_token, pool.cells_per_layer
+        )
+        self._kernel.plan(self._lists[0])
+        pool.tags.index_fill_(0, batch.out_cache_loc, int(Modality.TEXT))
+        self._drafting = []
+        if rows.drafts:  # then the step is an eager one
+            states = map(pool.requests.at_row, batch.req_pool_indices.tolist())
+            self._drafting = [(i, s) for i, s in enumerate(states) if s is not None and s.plan.writes_draft]
+
+    def _list_extends(self, batch: ForwardBatch, extends: list[Extend]):
+        """The lists of a prefill that goes on from compacted rows; None where all rows are exact."""
+        pool, visible, compacted = self.token_to_kv_pool, 0, False
+        for extend in extends:
+            state = pool.requests.at_row(extend.row)
+            visible += extend.end * pool.layer_num
+            if state is not None and state.cells is not None:
+                compacted = True
+                visible += sum(map(len, state.cells)) - state.first_own * pool.layer_num
+        if not compacted:
+            return None
+        indptr, indices = RaggedIndices(pool.layer_num, len(extends), visible, pool.device).build(
+            self._rows.table, batch.req_pool_indices, batch.seq_lens, self._req_to_token, pool.cells_per_layer
+        )
+        qo_indptr = torch.zeros(len(extends) + 1, dtype=torch.int32, device=pool.device)
+        torch.cumsum(batch.extend_seq_lens, 0, out=qo_indptr[1:])
+        return qo_indptr, indptr, indices, max(extend.end - extend.start for extend in extends)
+
+    # ---- Attention ----
+
+    def forward_decode(
+        self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache=True, **others
+    ):
+        self._refuse(layer, others)
+        q_heads, out = heads(q.contiguous(), layer), torch.empty_like(q)
+        if save_kv_cache:
+            self._write(layer, forward_batch, k, v)
+        self._attend(self._kernel.run, layer, q_heads, *self._lists, layer.scaling, heads(out, layer))
+        for query, state in self._drafting:
+            state.drafted.setdefault(layer.layer_id, []).append(q_heads[query : query + 1].clone())
+        return out
+
+    def forward_extend(
+        self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache=True, **others
+    ):
+        q_heads = heads(q.contiguous(), layer)
+        if self._extends is None:
+            out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **others)
+        else:
+            self._refuse(layer, others)
+            out = torch.empty_like(q)
+            if save_kv_cache:
+                self._write(layer, forward_batch, k, v)
+            pool = self.token_to_kv_pool
+            qo_indptr, indptr, indices, longest = self._extends
+            ragged_extend(
+                q_heads, pool.k_cells, pool.v_cells, qo_indptr, indptr[layer.layer_id], indices,
+                layer.scaling, longest, heads(out, layer),
+            )  # fmt: skip
+        score(self._chunks, layer, q_heads, self.token_to_kv_pool, self.rope)
+        return out
+
+    def _attend(self, run, layer: RadixAttention, q, indptr, indices, scale, out) -> None:
+        pool = self.token_to_kv_pool
+        run(layer.layer_id, q, pool.k_cells, pool.v_cells, indptr, indices, scale, out)
+
+    def _write(self, layer: RadixAttention, forward_batch: ForwardBatch, k, v) -> None:
+        if k is not None and v is not None:
+            location = KVWriteLoc.for_batch(forward_batch)
+            self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
+
+    @staticmethod
+    def _refuse(layer: RadixAttention, others: dict) -> None:
+        asked = [name for name, value in others.items() if value is not None]
+        if layer.logit_cap:
+            asked.append(f"logit_cap {layer.logit_cap}")
+        if asked:
+            raise NotImplementedError(
+                f"attention over compacted rows knows no {', '.join(asked)}, which this model asks for; "
+                "serve it with --kv-policy none"
+            )
