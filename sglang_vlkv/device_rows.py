@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+
 import torch
 
 from sglang_vlkv.kernels.ragged_attention.rows import RowTable

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from flashinfer_ext import RaggedDecode
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
-from flashinfer_ext import RaggedDecode
 from sglang_vlkv.attention.device import DecodeKernel, RaggedDeviceBackend
 
 
