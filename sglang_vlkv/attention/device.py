@@ -71,7 +71,11 @@ class RaggedDeviceBackend:
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():
-            self._plan_decode(forward_batch)
+            indices, needed = self._indices, self._rows.visible
+            if needed > self._rows.capacity:
+                pool = self.token_to_kv_pool
+                indices = RaggedIndices(pool.layer_num, forward_batch.batch_size, needed, pool.device)
+            self._plan_decode(forward_batch, indices)
             return
         super().init_forward_metadata(forward_batch)
         extends = list(extends_of(forward_batch))
@@ -85,18 +89,15 @@ class RaggedDeviceBackend:
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():
-            self._plan_decode(forward_batch)
+            self._plan_decode(forward_batch, self._indices)
         else:
             super().init_forward_metadata_in_graph(forward_batch)
 
-    def _plan_decode(self, batch: ForwardBatch) -> None:
+    def _plan_decode(self, batch: ForwardBatch, indices: RaggedIndices) -> None:
         """Builds and plans the index lists of all layers; recorded where a graph is captured."""
         if not batch.batch_size:
             return
         pool, rows = self.token_to_kv_pool, self._rows
-        indices = self._indices
-        if rows.visible > rows.capacity and not torch.cuda.is_current_stream_capturing():
-            indices = RaggedIndices(pool.layer_num, batch.batch_size, rows.visible, pool.device)
         self._lists = indices.build(
             rows.table, batch.req_pool_indices, batch.seq_lens, self._req_to_token, pool.cells_per_layer
         )

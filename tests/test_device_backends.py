@@ -1,0 +1,250 @@
+"""The GPU backends' own part, in Triton's interpreter, beside the CPU backend on the same rows.
+
+SGLang's torch_native backend stands where a GPU would have SGLang's Triton, FlashInfer or
+FlashAttention backend; pools, attention layers and batches are SGLang's own.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+from sglang_vlkv import wiring
+from sglang_vlkv.attention import device
+from sglang_vlkv.attention.torch_native import RaggedTorchNativeBackend
+from sglang_vlkv.attention.triton import RaggedDecode, TritonDecode
+from sglang_vlkv.base import Modality, Prompt
+from sglang_vlkv.kernels.ragged_attention import indices
+from sglang_vlkv.policies import policies
+from sglang_vlkv.pool import CellPool
+from sglang_vlkv.requests import Plan
+
+LAYERS, HEADS, GROUP, DIM, SLOTS, ROWS = 3, 2, 3, 20, 400, 8
+VLCACHE = policies()["vlcache"](min_rows=4)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class OnDevice(TritonDecode, TorchNativeAttnBackend):
+    """What is common to the GPU backends, for a GPU of one multiprocessor."""
+
+    def decode_kernel(self, max_requests, num_q_heads, dtype):
+        return RaggedDecode(LAYERS, max_requests, num_q_heads, HEADS, DIM, "cpu", num_sms=1)
+
+
+class Request:
+    """Something to hang a state on."""
+
+
+class World:
+    """Pools with random KV, and both backends over them."""
+
+    def __init__(self) -> None:
+        self.pool = CellPool(SLOTS, 1, torch.float32, HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False)
+        self.rows = ReqToTokenPool(ROWS, 128, "cpu", enable_memory_saver=False)
+        self.random = torch.Generator().manual_seed(0)
+        self.pool.storage.normal_(generator=self.random)
+        free = torch.randperm(SLOTS, generator=self.random) + 1
+        self.free = iter(free.tolist())
+        runner = SimpleNamespace(
+            device="cpu",
+            model=torch.nn.Module(),
+            token_to_kv_pool=self.pool,
+            req_to_token_pool=self.rows,
+            model_config=SimpleNamespace(num_attention_heads=HEADS * GROUP, dtype=torch.float32),
+        )
+        self.cpu, self.device = RaggedTorchNativeBackend(runner), OnDevice(runner)
+        self.layers = [RadixAttention(HEADS * GROUP, DIM, 0.3, HEADS, layer) for layer in range(LAYERS)]
+        self.alive = []
+
+    def slots(self, count: int) -> torch.Tensor:
+        return torch.tensor([next(self.free) for _ in range(count)], dtype=torch.int32)
+
+    def request(self, row: int, length: int, plan: Plan | None = None):
+        """A request whose first ``length`` tokens have slots of their own."""
+        self.alive.append(Request())
+        plan = plan or Plan(Prompt(torch.zeros(length, dtype=torch.uint8)), VLCACHE, "text")
+        state = self.pool.requests.add(self.alive[-1], plan)
+        self.pool.requests.take_row(state, row)
+        self.rows.req_to_token[row, :length] = self.slots(length)
+        return state
+
+    def compact(self, state, num_kept: list[int], sliding=()) -> None:
+        """Of its prompt, rows of its own in fresh cells stay; with ``sliding``, the newest slots too."""
+        packed = self.slots(-(-sum(num_kept) // LAYERS)).long()
+        state.cells, state.first_own = self.pool.packed_cells(packed, num_kept), state.plan.end
+        state.sliding, state.pending = list(sliding), False
+        self.pool.requests.sees(state)
+
+    def batch(self, mode: ForwardMode, rows: list[int], starts: list[int], ends: list[int]) -> ForwardBatch:
+        counts = [end - start for start, end in zip(starts, ends)]
+        for row, start, end in zip(rows, starts, ends):
+            missing = (self.rows.req_to_token[row, start:end] == 0).nonzero().flatten()
+            self.rows.req_to_token[row, start + missing] = self.slots(len(missing))
+        written = torch.cat([self.rows.req_to_token[r, s:e] for r, s, e in zip(rows, starts, ends)])
+        return ForwardBatch(
+            forward_mode=mode,
+            batch_size=len(rows),
+            input_ids=torch.zeros(sum(counts), dtype=torch.int64),
+            req_pool_indices=torch.tensor(rows),
+            seq_lens=torch.tensor(ends),
+            out_cache_loc=written.long(),
+            seq_lens_sum=sum(ends),
+            extend_prefix_lens=torch.tensor(starts),
+            extend_seq_lens=torch.tensor(counts),
+        )
+
+    def run(self, backend, batch: ForwardBatch, seed: int = 0) -> list[torch.Tensor]:
+        """What every layer attends to; the new tokens' KV is written on the way."""
+        backend.init_forward_metadata(batch)
+        random, tokens, outs = torch.Generator().manual_seed(seed), len(batch.input_ids), []
+        for layer in self.layers:
+            q = torch.randn(64, HEADS * GROUP * DIM, generator=random)[:tokens]
+            k, v = torch.randn(2, 64, HEADS, DIM, generator=random)[:, :tokens]
+            decodes = batch.forward_mode.is_decode()
+            forward = backend.forward_decode if decodes else backend.forward_extend
+            outs.append(forward(q, k, v, layer, batch))
+        return outs
+
+    def assert_alike(self, batch: ForwardBatch) -> list[torch.Tensor]:
+        expected = self.run(self.cpu, batch)
+        self.pool.tags[batch.out_cache_loc] = 99
+        actual = self.run(self.device, batch)
+        for one, other in zip(expected, actual, strict=True):
+            torch.testing.assert_close(other, one, rtol=2e-5, atol=2e-5)
+        return actual
+
+
+@pytest.fixture
+def world(monkeypatch) -> World:
+    monkeypatch.setattr(device, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    monkeypatch.setattr(indices, "PROGRAMS", LAYERS)  # the interpreter runs them one after another
+    return World()
+
+
+def decode(world: World, lengths: dict[int, int]) -> ForwardBatch:
+    """One token more for the requests of these rows."""
+    return world.batch(
+        ForwardMode.DECODE, [*lengths], [n - 1 for n in lengths.values()], [*lengths.values()]
+    )
+
+
+def test_decode_of_exact_compacted_and_sliding_requests(world):
+    world.request(3, 17)
+    compacted, slid = world.request(1, 40), world.request(5, 30)
+    world.compact(compacted, [9, 1, 5])
+    world.compact(slid, [4, 7, 2], sliding=[3, 5, 1])
+    for step in range(3):
+        batch = decode(world, {1: 41 + step, 3: 18 + step, 5: 31 + step})
+        world.assert_alike(batch)
+        assert (world.pool.tags[batch.out_cache_loc] == Modality.TEXT).all()
+
+
+def test_a_row_that_is_given_away_is_exact_again(world):
+    gone = world.request(2, 25)
+    world.compact(gone, [6, 6, 6])
+    world.assert_alike(decode(world, {2: 26}))
+    world.pool.requests.release_row(gone)
+    world.request(2, 12)
+    world.assert_alike(decode(world, {2: 13}))
+
+
+def test_requests_that_pad_a_graph_see_nothing_and_change_nothing(world):
+    """SGLang pads with row 0, which nobody owns, and sequences of one token."""
+    state = world.request(4, 30)
+    world.compact(state, [3, 8, 4])
+    alone = world.run(world.device, decode(world, {4: 31}))
+    batch = decode(world, {4: 31})
+    padded = world.batch(ForwardMode.DECODE, [4, 0, 0], [30, 0, 0], [31, 1, 1])
+    padded.out_cache_loc = torch.cat([batch.out_cache_loc, torch.zeros(2, dtype=torch.int64)])
+    for one, other in zip(alone, world.run(world.device, padded), strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+def test_prefills_that_go_on_from_compacted_rows_beside_exact_ones_and_a_decode(world):
+    """A mixed batch: a new turn on a twin, a fresh prompt, a chunk, and a compacted request that decodes."""
+    turn, decodes = world.request(1, 20), world.request(6, 30)
+    world.request(2, 0), world.request(3, 11)
+    world.compact(turn, [9, 2, 4])
+    world.compact(decodes, [5, 5, 5])
+    world.assert_alike(world.batch(ForwardMode.EXTEND, [2, 1, 3, 6], [0, 20, 11, 30], [13, 29, 30, 31]))
+
+
+def test_exact_prefills_are_the_stock_backends(world, monkeypatch):
+    world.request(1, 10)
+    monkeypatch.setattr(device, "ragged_extend", None)
+    world.assert_alike(world.batch(ForwardMode.EXTEND, [1], [10], [30]))
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_prompts_are_scored_over_chunks(world, compacted):
+    """The voting rows straddle two chunks; the second rides with a request on compacted rows or not."""
+    scores = []
+    for backend in (world.cpu, world.device):
+        row = 1 if backend is world.cpu else 2
+        plan = Plan(Prompt(torch.full((40,), int(Modality.IMAGE), dtype=torch.uint8)), VLCACHE, num_voting=6)
+        state = world.request(row, 0, plan)
+        state.pending = True
+        world.run(backend, world.batch(ForwardMode.EXTEND, [row], [0], [36]), seed=1)
+        assert not state.scores
+        rows, starts, ends = [row], [36], [40]
+        if compacted:
+            other = world.request(row + 2, 15)
+            world.compact(other, [3, 3, 3])
+            rows, starts, ends = [*rows, row + 2], [*starts, 15], [*ends, 18]
+        world.run(backend, world.batch(ForwardMode.EXTEND, rows, starts, ends), seed=2)
+        scores.append(state.scores)
+    cpu, on_device = scores
+    assert sorted(cpu) == sorted(on_device) == list(range(LAYERS))
+    for layer in cpu:
+        torch.testing.assert_close(cpu[layer].scores, on_device[layer].scores, rtol=1e-4, atol=1e-5)
+        assert int(cpu[layer].zeros) == int(on_device[layer].zeros)
+
+
+def test_a_draft_leaves_its_queries_and_runs_eagerly(world):
+    plan = Plan(Prompt(torch.zeros(20, dtype=torch.uint8)), VLCACHE, writes_draft="id")
+    state = world.request(1, 20, plan)
+    world.compact(state, [4, 4, 4])
+    world.pool.requests.expect([(world.alive[-1], 21)], LAYERS)
+    runner = SimpleNamespace(model_runner=SimpleNamespace(token_to_kv_pool=world.pool))
+    assert wiring.decode_graph(lambda runner, batch: True, runner, None) is False
+    world.run(world.device, decode(world, {1: 21}), seed=3)
+    left = {layer: torch.cat(queries) for layer, queries in state.drafted.items()}
+    state.drafted = {}
+    world.run(world.cpu, decode(world, {1: 21}), seed=3)
+    assert sorted(left) == list(range(LAYERS))
+    for layer, queries in state.drafted.items():
+        assert torch.equal(left[layer], torch.cat(queries))
+
+
+def test_more_rows_than_the_graphs_lists_hold_run_eagerly(world):
+    """Many requests may share one compacted prompt, and together see more rows than the pool has."""
+    requests = world.pool.requests
+    lengths = {}
+    for row in (1, 2, 3):
+        state = world.request(row, 20)
+        world.compact(state, [30, 2, 2])
+        lengths[row] = 21
+    on_device = requests.on_device
+    requests.expect(zip(world.alive, lengths.values()), LAYERS)
+    assert on_device.visible == 3 * (34 + LAYERS) and on_device.graph_serves
+    on_device.capacity = 100
+    world.device._indices = device.RaggedIndices(LAYERS, ROWS + 1, 100, "cpu")
+    assert not on_device.graph_serves
+    world.assert_alike(decode(world, lengths))
+    requests.expect([(world.alive[0], 21), (object(), 4)], LAYERS)
+    assert on_device.visible == 34 + LAYERS + 4 * LAYERS and on_device.graph_serves
+
+
+@pytest.mark.parametrize("asks", [dict(logit_cap=30.0), dict(sinks=torch.zeros(1))])
+def test_attention_that_the_kernels_do_not_know_is_refused(world, asks):
+    world.compact(world.request(1, 20), [3, 3, 3])
+    batch = decode(world, {1: 21})
+    world.device.init_forward_metadata(batch)
+    world.layers[0].logit_cap = asks.pop("logit_cap", 0.0)
+    q, k = torch.zeros(1, HEADS * GROUP * DIM), torch.zeros(1, HEADS, DIM)
+    with pytest.raises(NotImplementedError, match="--kv-policy none"):
+        world.device.forward_decode(q, k, k, world.layers[0], batch, **asks)
