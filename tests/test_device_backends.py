@@ -4,6 +4,7 @@ SGLang's torch_native backend stands where a GPU would have SGLang's Triton, Fla
 FlashAttention backend; pools, attention layers and batches are SGLang's own.
 """
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 from sglang_vlkv import wiring
 from sglang_vlkv.attention import device
@@ -235,8 +238,40 @@ def test_more_rows_than_the_graphs_lists_hold_run_eagerly(world):
     world.device._indices = device.RaggedIndices(LAYERS, ROWS + 1, 100, "cpu")
     assert not on_device.graph_serves
     world.assert_alike(decode(world, lengths))
-    requests.expect([(world.alive[0], 21), (object(), 4)], LAYERS)
+    requests.expect([(world.alive[0], 21), (Request(), 4)], LAYERS)
     assert on_device.visible == 34 + LAYERS + 4 * LAYERS and on_device.graph_serves
+
+
+class Read(Exception):
+    """A GPU would have been waited for."""
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises Read for values that the host reads, and shapes that depend on them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if re.match("aten::(_local_scalar_dense|item|nonzero|masked_select|unique|equal)", func.name()):
+            raise Read(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_a_decode_step_reads_nothing_on_the_host(world, monkeypatch):
+    """Kernels apart, which a GPU runs on its own."""
+
+    def read(tensor, *args):
+        raise Read
+
+    state, sliding = world.request(1, 30), world.request(2, 30)
+    world.compact(state, [4, 4, 4])
+    world.compact(sliding, [4, 4, 4], sliding=[2, 2, 2])
+    batch = decode(world, {1: 31, 2: 31})
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *args, **kwargs: None)
+    for name in ("tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    with NothingIsRead():
+        world.run(world.device, batch)
+    with NothingIsRead(), pytest.raises(Read):
+        world.run(world.cpu, batch)
 
 
 @pytest.mark.parametrize("asks", [dict(logit_cap=30.0), dict(sinks=torch.zeros(1))])
