@@ -15,7 +15,7 @@ def top_positions(scores: torch.Tensor, num_kept: int, tier: torch.Tensor) -> to
 
     Args:
         scores: ``[H, n]`` float.
-        num_kept: in [1, n].
+        num_kept: in [0, n].
         tier: ``[n]`` or ``[H, n]`` integer.
 
     Returns:
@@ -39,13 +39,13 @@ def select_rows(scores: torch.Tensor, tier: torch.Tensor, num_kept: Sequence[int
     Args:
         scores: ``[L, H, n]`` float32.
         tier: ``[L, H, n]`` int8.
-        num_kept: per layer, in [1, n].
+        num_kept: per layer, in [0, n].
 
     Returns:
         ``[H, sum(num_kept)]`` int64: every layer's winners, ascending in position.
 
     Raises:
-        ValueError: shapes that do not go together, other dtypes, a count outside [1, n].
+        ValueError: shapes that do not go together, other dtypes, a count outside [0, n].
     """
     check(scores, tier, num_kept)
     layers = zip(scores, num_kept, tier, strict=True)
@@ -59,5 +59,5 @@ def check(scores: torch.Tensor, tier: torch.Tensor, num_kept: Sequence[int]) -> 
         raise ValueError(f"{given}; [L, H, n], the same and L needed")
     if scores.dtype != torch.float32 or tier.dtype != torch.int8:
         raise ValueError(f"scores are {scores.dtype} and tier is {tier.dtype}; float32 and int8 needed")
-    if not 1 <= min(num_kept) <= max(num_kept) <= scores.shape[2]:
-        raise ValueError(f"num_kept is {list(num_kept)}; every layer keeps 1 to n = {scores.shape[2]}")
+    if not 0 <= min(num_kept) <= max(num_kept) <= scores.shape[2]:
+        raise ValueError(f"num_kept is {list(num_kept)}; every layer keeps 0 to n = {scores.shape[2]}")
