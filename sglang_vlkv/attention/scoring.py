@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Iterator, NamedTuple
 
 import torch
 
-from sglang_vlkv.base import Layer
+from sglang_vlkv.base import Layer, Rows
 from sglang_vlkv.requests import RequestState
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def score(
         prompt_layer = Layer(
             prompt=state.plan.prompt,
             q=q[chunk.queries],
-            k=keys[chunk.slots],
-            values=lambda slots=chunk.slots: values[slots],
+            keys=Rows(keys, chunk.slots),
+            values=Rows(values, chunk.slots),
             scale=layer.scaling,
             index=index,
             rope=rope,
