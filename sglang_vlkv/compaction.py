@@ -27,6 +27,9 @@ class Gathered(NamedTuple):
     """A prompt's kept rows outside the pool, its exact rows already given back.
 
     Attributes:
+        positions: per layer, of the kept rows in the request's sequence, ``[Hkv, num_kept[l]]`` int32,
+            on the host.
+        sparsity: per layer, as in :class:`Selection`.
         rows: K and V of all layers, ``[2, sum(num_kept), H, D]``, layer after layer.
         tail: K and V rows ``[2, L, T, H, D]`` of output tokens that the tree owns; T is 0 except
             for a retracted request whose outputs were published with a chunk.
@@ -34,9 +37,14 @@ class Gathered(NamedTuple):
 
     req: Req
     state: RequestState
-    selection: Selection
+    positions: list[torch.Tensor]
+    sparsity: list[float] | None
     rows: torch.Tensor
     tail: torch.Tensor
+
+    @property
+    def num_kept(self) -> list[int]:
+        return [layer.shape[1] for layer in self.positions]
 
 
 class Compactor:
@@ -169,9 +177,11 @@ class Compactor:
         protected = req.kv.cache_protected_len
         row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         slots = row[start:n].long()
-        rows = self._rows(state.plan.policy, slots, selection)
+        kept = torch.cat(selection.kept, dim=1)
+        positions = (kept + start).to(torch.int32).cpu().split(selection.num_kept, dim=1)
+        rows = self._rows(state.plan.policy, slots, selection.num_kept, kept)
         tail = pool.storage[:, :, row[n : max(n, protected)].long()].transpose(0, 1).clone()
-        gathered = Gathered(req, state, selection, rows, tail)
+        gathered = Gathered(req, state, list(positions), selection.sparsity, rows, tail)
         if protected < n:
             tree.free_kv_row(req.kv, [(protected, n)])
         # The request owns nothing below its outputs now; what follows only ever adds to that.
@@ -181,19 +191,21 @@ class Compactor:
             req.lock = None
         return gathered
 
-    def _rows(self, policy: Policy, slots: torch.Tensor, selection: Selection) -> torch.Tensor:
+    def _rows(
+        self, policy: Policy, slots: torch.Tensor, num_kept: list[int], kept: torch.Tensor
+    ) -> torch.Tensor:
         """K and V ``[2, sum(num_kept), H, D]`` of all layers, with what was merged into them."""
         pool = self._pool
         if policy.merge == "similar":
-            layers = zip(pool.k_buffer, pool.v_buffer, selection.kept, strict=True)
-            merged = [merge(policy, keys[slots], values[slots], kept) for keys, values, kept in layers]
+            layers = zip(pool.k_buffer, pool.v_buffer, kept.split(num_kept, dim=1), strict=True)
+            merged = [merge(policy, keys[slots], values[slots], own) for keys, values, own in layers]
             return torch.cat([torch.stack(both) for both in merged], dim=1)
         return gather_rows(
             pool.k_cells,
             pool.v_cells,
             slots,
-            torch.cat(selection.kept, dim=1),
-            selection.num_kept,
+            kept,
+            num_kept,
             pool.cells_per_layer,
             merge=policy.merge == "bucket_mean",
             sink_tokens=policy.sink_tokens,
@@ -203,11 +215,11 @@ class Compactor:
         """Moves the kept rows to slots of their own, or to those of a twin that holds the same;
         False where the pool has no room for them."""
         req, state, pool, tree = item.req, item.state, self._pool, self._tree
-        n, num_kept = state.plan.end, item.selection.num_kept
+        n, num_kept = state.plan.end, item.num_kept
         slides = state.plan.policy.decode == "fixed_point"
         sliding = [state.plan.policy.num_sliding(k) if slides else 0 for k in num_kept]
         num_fixed = [k - s for k, s in zip(num_kept, sliding, strict=True)]
-        twin = self._new_twin(req, state, item.selection, num_fixed, slides)
+        twin = self._new_twin(item, num_fixed, slides)
         same = tree.twins.same(twin)
         lock = None if same is None else tree.lock(same.node)  # what follows may evict
         num_packed = -(-sum(num_fixed) // pool.layer_num) if same is None else 0
@@ -242,7 +254,7 @@ class Compactor:
         self._req_to_token_pool.write((row, slice(0, end - len(private))), 0)
         self._req_to_token_pool.write((row, slice(end - len(private), end)), private)
         req.kv.cache_protected_len = end - len(private)
-        newest = [kept[:, k:] + state.plan.start for kept, k in zip(item.selection.kept, num_fixed)]
+        newest = [kept[:, k:] for kept, k in zip(item.positions, num_fixed)]
         pieces = [state.kept, twin.positions, newest] if state.kept else [twin.positions, newest]
         state.kept = [torch.cat(layer, dim=1) for layer in zip(*pieces)]
         state.kept_slots += len(twin.slots) + max(sliding)
@@ -266,33 +278,31 @@ class Compactor:
             return torch.empty(0, dtype=torch.int64, device=self._pool.device)
         return self._tree.token_to_kv_pool_allocator.alloc(num_slots)
 
-    def _new_twin(
-        self, req: Req, state: RequestState, selection: Selection, num_fixed: list[int], slides: bool
-    ) -> Twin:
+    def _new_twin(self, item: Gathered, num_fixed: list[int], slides: bool) -> Twin:
         """The piece that the rows that never slide will be, without its slots."""
+        req, state = item.req, item.state
         lasting = self._tree.outlives(req, state) and not slides
-        pairs = zip(selection.kept, num_fixed, strict=True)
         return Twin(
             self._tree.space_of(req, state),
             state.plan.start,
             req.origin_input_ids[state.plan.start : state.plan.end],
             state.plan.end,
             cells=[],
-            positions=[(kept[:, :count] + state.plan.start).to(torch.int32) for kept, count in pairs],
+            positions=[kept[:, :count] for kept, count in zip(item.positions, num_fixed, strict=True)],
             slots=torch.empty(0),
             parent=state.twin,
             parent_rows=state.twin_rows,
             lossy_end=state.plan.end,
             all_or_nothing=state.plan.policy.merge != "none",
             lasting=lasting,
-            sparsity=selection.sparsity,
+            sparsity=item.sparsity,
         )
 
     def _fill(self, twin: Twin, slots: torch.Tensor, item: Gathered) -> None:
         """Puts the rows that never slide into ``slots``, which become the twin's."""
         pool = self._pool
         twin.slots, twin.cells = slots, pool.packed_cells(slots, twin.num_rows)
-        rows, num_kept = item.rows, item.selection.num_kept
+        rows, num_kept = item.rows, item.num_kept
         if twin.num_rows != num_kept:
             layers = zip(rows.split(num_kept, dim=1), twin.num_rows, strict=True)
             rows = torch.cat([layer[:, :fixed] for layer, fixed in layers], dim=1)

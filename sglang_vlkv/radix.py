@@ -297,7 +297,7 @@ class TwinRadixCache(UnifiedRadixCache):
         cells, positions = [], []
         for layer, rows in enumerate(per_layer):
             cells.append(row[end - rows : end] + layer * self.pool.cells_per_layer)
-            at = torch.arange(end - rows, end, dtype=torch.int32, device=row.device)
+            at = torch.arange(end - rows, end, dtype=torch.int32)
             positions.append(at.expand(self.pool.head_num, -1))
         return Twin(
             state.space,

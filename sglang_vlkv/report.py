@@ -70,7 +70,7 @@ def _kept(state: RequestState) -> list[torch.Tensor]:
     """Per layer, the prompt positions of all rows that stand for the prompt, ``[Hkv, rows]``; those
     of a new turn that was not compacted among them."""
     own = torch.arange(min(state.first_own, state.asked.end), state.asked.end)
-    return [torch.cat([layer.cpu(), own.expand(len(layer), -1)], dim=1) for layer in state.kept]
+    return [torch.cat([layer, own.expand(len(layer), -1)], dim=1) for layer in state.kept]
 
 
 class ReportingOutputStreamer(SchedulerOutputStreamer):

@@ -92,7 +92,7 @@ class RequestState:
         twin, twin_rows: the piece that ``cells`` ends with, and how many of its rows per layer they
             hold, None for all. Still there for the report when the request has ended.
         kept: per layer, the prompt positions behind ``cells`` and the sliding rows,
-            ``[Hkv, rows]``.
+            ``[Hkv, rows]``, on the host.
         kept_slots: pool slots that hold them, shared ones included.
         rows_lost: kept rows of its prefix that a shorter common prefix with a twin could not use.
         sliding: per layer, how many rows of the sequence's newest slots it sees beside ``cells``

@@ -48,7 +48,7 @@ class Twin:
         tokens: the stretch.
         num_prompt: prompt tokens of the request that left it.
         cells: per layer, the cells of its rows, ``[rows]`` int32.
-        positions: per layer, the path positions of its rows, ascending per KV head,
+        positions: per layer, the path positions of its rows on the host, ascending per KV head,
             ``[Hkv, rows]`` int32. The ranks' heads differ in them, so they decide nothing that
             ranks have to agree on.
         slots: its pool slots.
