@@ -6,9 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCKS_PER_SM = 2  # of the main kernel that run at a time; what its shared memory allows
-STAGES = 3
-MERGED = 32  # partial results that the merge reads at a time
+# A row is found through its index, and Triton halves the stages between the two loads: two tiles of K
+# and V are in shared memory while the index of a third is on its way.
+STAGES = 5
+BLOCK_SHARED = 76 * 1024  # bytes at most of a block of the main kernel, with what CUDA keeps for itself
+HOPPER = 132, 233_472  # multiprocessors, bytes of shared memory in each
+MERGED = 64  # partial results that the merge reads at a time
+MERGES_PER_SM = 4  # programs, so many fit; where most requests have one chunk, looking is quicker than starting
 PLANNED = 16  # chunks whose requests are looked up at a time
 
 
@@ -24,6 +28,11 @@ class RaggedDecode:
 
     Attributes:
         tile: rows that are read at a time; chunks are multiples of it.
+        first_chunk: ``[L, max_requests + 1]`` int32, prefix sums of the requests' chunks.
+        owner: ``[L, max_chunks]`` int32, each chunk's request; -1 behind the last.
+        chunk_rows: ``[L]`` int32, rows of a chunk; a request's last may be shorter.
+        partial, partial_lse: ``[max_chunks, Hq, D]`` and ``[max_chunks, Hq]`` float32, results and
+            binary logarithms of the sums of exponentials. Layers run one after another and share them.
     """
 
     def __init__(
@@ -38,29 +47,33 @@ class RaggedDecode:
     ) -> None:
         """
         Args:
-            num_sms: multiprocessors to fill; those of ``device`` where it is None (132 on a CPU).
+            num_sms: multiprocessors to fill; those of ``device`` where it is None. On a CPU, for
+                tests and compilation, as many as Hopper has.
         """
         if num_q_heads % num_kv_heads:
             raise ValueError(f"{num_q_heads} query heads cannot share {num_kv_heads} KV heads")
-        if num_sms is None:
-            on_gpu = torch.device(device).type == "cuda"
-            num_sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
+        sms, shared = HOPPER
+        if torch.device(device).type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            sms, shared = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+        sms = sms if num_sms is None else num_sms
+        blocks = sms * max(1, shared // BLOCK_SHARED)
+        self._max_merges = MERGES_PER_SM * sms
         self.num_layers, self.max_requests = num_layers, max_requests
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.tile = decode_tile(head_dim)
-        self._one_wave = max(1, num_sms * BLOCKS_PER_SM // num_kv_heads)
+        self._one_wave = max(1, blocks // num_kv_heads)
         self._planned_requests = 0
         self.max_chunks = chunks = self.num_chunks(max_requests)
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self._first_chunk = empty(num_layers, max_requests + 1, dtype=torch.int32)
-        self._owner = empty(num_layers, chunks, dtype=torch.int32)
-        self._chunk_rows = empty(num_layers, dtype=torch.int32)
-        # Layers run one after another and share these.
-        self._partial = empty(chunks, num_q_heads, head_dim, dtype=torch.float32)
-        self._partial_lse = empty(chunks, num_q_heads, dtype=torch.float32)
+        self.first_chunk = empty(num_layers, max_requests + 1, dtype=torch.int32)
+        self.owner = empty(num_layers, chunks, dtype=torch.int32)
+        self.chunk_rows = empty(num_layers, dtype=torch.int32)
+        self.partial = empty(chunks, num_q_heads, head_dim, dtype=torch.float32)
+        self.partial_lse = empty(chunks, num_q_heads, dtype=torch.float32)
 
     def num_chunks(self, num_requests: int) -> int:
         """The most chunks of one layer.
@@ -83,9 +96,9 @@ class RaggedDecode:
         num_chunks = self.num_chunks(num_requests)
         _plan_chunks[self.num_layers, triton.cdiv(num_chunks, 4 * PLANNED)](
             indptr,
-            self._first_chunk,
-            self._owner,
-            self._chunk_rows,
+            self.first_chunk,
+            self.owner,
+            self.chunk_rows,
             num_requests,
             num_chunks,
             self.max_requests + 1,
@@ -137,19 +150,22 @@ class RaggedDecode:
         group = self.num_q_heads // self.num_kv_heads
         block_d = max(16, triton.next_power_of_2(self.head_dim))
         num_chunks = self.num_chunks(num_requests)
-        indptr, first_chunk = indptr[layer], self._first_chunk[layer]
         _decode_chunks[(num_chunks * self.num_kv_heads,)](
             q,
             k_cells,
             v_cells,
             out,
-            self._partial,
-            self._partial_lse,
+            self.partial,
+            self.partial_lse,
             indptr,
             indices,
-            first_chunk,
-            self._owner[layer],
-            self._chunk_rows[layer:],
+            self.first_chunk,
+            self.owner,
+            self.chunk_rows,
+            layer,
+            num_requests,
+            self.max_requests + 1,
+            self.max_chunks,
             scale * LOG2_E,
             q.stride(0),
             HKV=self.num_kv_heads,
@@ -162,11 +178,15 @@ class RaggedDecode:
             num_warps=4,
             num_stages=STAGES,
         )
-        _merge_chunks[num_requests, self.num_q_heads](
-            self._partial,
-            self._partial_lse,
+        num_outputs = num_requests * self.num_q_heads
+        _merge_chunks[(min(num_outputs, self._max_merges),)](
+            self.partial,
+            self.partial_lse,
             out,
-            first_chunk,
+            self.first_chunk,
+            layer,
+            num_outputs,
+            self.max_requests + 1,
             HQ=self.num_q_heads,
             D=self.head_dim,
             BLOCK_C=MERGED,
@@ -191,8 +211,8 @@ LOG2_E = 1.4426950408889634
 
 
 def decode_tile(head_dim: int) -> int:
-    """Rows of 16-bit K and V of which three stages, twice over, fit into Hopper's shared memory."""
-    return max(16, 64 * 128 // max(128, triton.next_power_of_2(head_dim)))
+    """Rows of which K and V, 16 bits each, take 32 KiB."""
+    return max(16, 8192 // max(64, triton.next_power_of_2(head_dim)))
 
 
 def check_attention(
@@ -274,7 +294,7 @@ def _plan_chunks(
         tl.store(owner_ptr + chunk, tl.where(chunk < total, owner, -1), mask=chunk < num_chunks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_requests", "table_stride", "owner_stride"])
 def _decode_chunks(
     q_ptr,
     k_ptr,
@@ -287,6 +307,10 @@ def _decode_chunks(
     first_chunk_ptr,
     owner_ptr,
     chunk_rows_ptr,
+    layer,
+    num_requests,
+    table_stride,
+    owner_stride,
     scale_log2,
     q_stride,
     HKV: tl.constexpr,
@@ -305,14 +329,17 @@ def _decode_chunks(
     """
     chunk = tl.program_id(0) // HKV
     kv_head = tl.program_id(0) % HKV
-    request = tl.load(owner_ptr + chunk)
+    layer = layer.to(tl.int64)
+    request = tl.load(owner_ptr + layer * owner_stride + chunk)
     if request < 0:
         return
+    indptr_ptr += layer * (num_requests + 1)
+    first_chunk_ptr += layer * table_stride
     begin = tl.load(indptr_ptr + request)
     end = tl.load(indptr_ptr + request + 1)
     first_chunk = tl.load(first_chunk_ptr + request)
     num_chunks = tl.load(first_chunk_ptr + request + 1) - first_chunk
-    chunk_rows = tl.load(chunk_rows_ptr)
+    chunk_rows = tl.load(chunk_rows_ptr + layer)
     begin += (chunk - first_chunk) * chunk_rows
     end = tl.minimum(end, begin + chunk_rows)
 
@@ -354,41 +381,48 @@ def _decode_chunks(
         tl.store(lse_ptr + slot + heads, peak + tl.log2(total), mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_outputs", "table_stride"])
 def _merge_chunks(
     partial_ptr,
     lse_ptr,
     out_ptr,
     first_chunk_ptr,
+    layer,
+    num_outputs,
+    table_stride,
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (b, h): the chunks of a request, weighted by their sums of exponentials."""
-    request = tl.program_id(0)
-    head = tl.program_id(1)
-    first = tl.load(first_chunk_ptr + request)
-    end = tl.load(first_chunk_ptr + request + 1)
-    if end - first == 1:
-        return  # written already
+    """Output ``request * HQ + head``: the request's chunks, weighted by their sums of exponentials.
+
+    What has one chunk is written already; what has none is zero.
+    """
+    first_chunk_ptr += layer.to(tl.int64) * table_stride
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
-    peak = -float("inf")
-    total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first, end, BLOCK_C):
-        mine = start + c < end
-        slot = (start + c).to(tl.int64) * HQ + head  # [BLOCK_C]
-        lse = tl.load(lse_ptr + slot, mask=mine, other=-float("inf"))
-        mask = mine[:, None] & (d < D)[None, :]
-        partial = tl.load(partial_ptr + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
-        peak_now = tl.maximum(peak, tl.max(lse, 0))
-        weights = tl.exp2(lse - peak_now)
-        keep = tl.exp2(peak - peak_now)
-        total = total * keep + tl.sum(weights, 0)
-        acc = acc * keep + tl.sum(weights[:, None] * partial, 0)
-        peak = peak_now
-    acc = tl.where(end > first, acc / total, 0.0)
-    out_ptr += (request.to(tl.int64) * HQ + head) * D
-    tl.store(out_ptr + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+    for output in range(tl.program_id(0), num_outputs, tl.num_programs(0)):
+        request = output // HQ
+        head = output % HQ
+        first = tl.load(first_chunk_ptr + request)
+        end = tl.load(first_chunk_ptr + request + 1)
+        if end - first != 1:
+            peak = -float("inf")
+            total = 0.0
+            acc = tl.zeros([BLOCK_D], tl.float32)
+            for start in range(first, end, BLOCK_C):
+                mine = start + c < end
+                slot = (start + c).to(tl.int64) * HQ + head  # [BLOCK_C]
+                lse = tl.load(lse_ptr + slot, mask=mine, other=-float("inf"))
+                mask = mine[:, None] & (d < D)[None, :]
+                partial = tl.load(partial_ptr + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
+                peak_now = tl.maximum(peak, tl.max(lse, 0))
+                weights = tl.exp2(lse - peak_now)
+                keep = tl.exp2(peak - peak_now)
+                total = total * keep + tl.sum(weights, 0)
+                acc = acc * keep + tl.sum(weights[:, None] * partial, 0)
+                peak = peak_now
+            acc = acc / tl.where(end > first, total, 1.0)
+            at = tl.cast(output, tl.int64) * D + d
+            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=d < D)
