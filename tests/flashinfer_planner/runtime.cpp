@@ -16,7 +16,9 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
   }
   return 1;
 }
-int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) { return *blocks = blocks_per_sm, 0; }
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
+  return *blocks = blocks_per_sm, 0;
+}
 int cudaMemcpyAsync(void* to, const void* from, size_t size, int, void*) { return std::memcpy(to, from, size), 0; }
 const char* cudaGetErrorString(int) { return "error of the stand-in runtime"; }
 int cudaGetLastError() { return 0; }
@@ -25,5 +27,9 @@ void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char*, char*, const char*, int, void*, void*, void*, void*, int*) {}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 void __cudaInitModule(void**) {}
+int __cudaGetKernel(void**, const void*) { return 1; }
+int __cudaLaunchKernel(void*) { return 1; }
+int __cudaPopCallConfiguration(void*, void*, size_t*, void*) { return 1; }
 }
