@@ -113,7 +113,7 @@ class RaggedDecode:
         self._q_dtype, self._kv_dtype, self._enable_pdl = q_dtype, kv_dtype, enable_pdl
         self._module = None
         if device.type == "cuda":
-            upstream.check_version()
+            upstream.check(device)
             load = upstream.prefill_module if use_tensor_cores else upstream.decode_module
             self._module = load(q_dtype, kv_dtype, head_dim)
         self.grid = self._make_grid(num_sms, num_blocks_per_sm)

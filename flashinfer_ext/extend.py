@@ -37,9 +37,7 @@ class RaggedExtend:
     ) -> None:
         self.heads = check_heads(num_q_heads, num_kv_heads, head_dim, q_dtype, kv_dtype)
         self.device = torch.device(device)
-        if self.device.type != "cuda":
-            raise RuntimeError(f"FlashInfer has no kernels for {self.device}")
-        upstream.check_version()
+        upstream.check(self.device)
         self._q_dtype, self._kv_dtype = q_dtype, kv_dtype
         self._module = upstream.prefill_module(q_dtype, kv_dtype, head_dim)
         self._floats = self._bytes(1)
@@ -86,7 +84,7 @@ class RaggedExtend:
             per_plan = -(-max(int_bytes, self._ints.shape[1]) // 256) * 256
             count = max(len(distinct), self._ints.shape[0])
             self._ints = self._bytes(count, per_plan)
-            self._pinned = torch.empty(count, per_plan, dtype=torch.uint8, pin_memory=True)
+            self._pinned = torch.empty(count, per_plan, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         if batch_size > len(self._last_page_len):
             self._last_page_len = torch.ones(batch_size, dtype=torch.int32, device=self.device)
         self._plan_infos = [

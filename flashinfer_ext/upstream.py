@@ -36,12 +36,14 @@ PAGED_RUN_ARGUMENTS = (
 """Of ``flashinfer.prefill.get_batch_prefill_module("fa2", ...).paged_run``, in order; those behind have defaults."""
 
 
-def check_version() -> str:
+def check(device: torch.device) -> str:
     """The installed version.
 
     Raises:
-        RuntimeError: FlashInfer is not installed, or plans of its version are not known here.
+        RuntimeError: no GPU, FlashInfer is not installed, or plans of its version are not known here.
     """
+    if device.type != "cuda":
+        raise RuntimeError(f"FlashInfer has no kernels for {device}; it needs an NVIDIA GPU")
     supported = " or ".join(SUPPORTED_VERSIONS)
     try:
         import flashinfer

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pkgutil import walk_packages
 
 os.environ["TRITON_INTERPRET"] = "1"
+import_module("triton.experimental.gluon")  # which a first launch would import later
 for package in ("sglang_vlkv.kernels", "flashinfer_ext"):
     if find_spec(package):
         for module in walk_packages(import_module(package).__path__, f"{package}."):

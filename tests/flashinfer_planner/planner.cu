@@ -2,7 +2,9 @@
 // The device is what set_device said; copies to it are copies in host memory (runtime.cpp).
 #include <flashinfer/attention/scheduler.cuh>
 
-#include <cstring>
+#include <cstdint>
+#include <iostream>
+#include <stdexcept>
 
 namespace flashinfer {
 // Only its address is taken, for the occupancy.
@@ -20,13 +22,14 @@ struct Variant {};
 
 template <uint32_t HEAD_DIM>
 static void decode_plan(DecodePlanInfo& info, uint32_t group, int32_t* indptr, uint32_t batch, uint32_t heads,
-                        bool graph, void* floats, void* ints, void* pinned, size_t bytes) {
+                        void* floats, size_t float_bytes, void* ints, void* pinned, size_t bytes) {
   cudaError_t status = cudaSuccess;
   DISPATCH_GQA_GROUP_SIZE(group, GROUP_SIZE, {
     auto estimate =
         BatchDecodeWithPagedKVCacheWorkEstimationDispatched<GROUP_SIZE, HEAD_DIM, PosEncodingMode::kNone, Variant, Params>;
     status = DecodePlan<HEAD_DIM, PosEncodingMode::kNone, Variant, Params>(
-        floats, size_t(1) << 40, ints, pinned, bytes, info, indptr, batch, heads, /*page_size=*/1, graph, nullptr, estimate);
+        floats, float_bytes, ints, pinned, bytes, info, indptr, batch, heads, /*page_size=*/1,
+        /*enable_cuda_graph=*/true, nullptr, estimate);
   });
   if (status != cudaSuccess) throw std::runtime_error("DecodePlan");
 }
@@ -38,13 +41,14 @@ static int64_t done(const std::vector<int64_t>& info, int64_t* out) {
 
 // Both return the length of plan_info, or -1 where FlashInfer threw.
 extern "C" int64_t cuda_core_plan(int32_t* indptr, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
-                                  void* floats, void* ints, void* pinned, int64_t bytes, int64_t* out) try {
+                                  void* floats, int64_t float_bytes, void* ints, void* pinned, int64_t bytes,
+                                  int64_t* out) try {
   DecodePlanInfo info;
   uint32_t group = q_heads / kv_heads;
   if (head_dim == 64)
-    decode_plan<64>(info, group, indptr, batch, q_heads, true, floats, ints, pinned, bytes);
+    decode_plan<64>(info, group, indptr, batch, q_heads, floats, float_bytes, ints, pinned, bytes);
   else if (head_dim == 128)
-    decode_plan<128>(info, group, indptr, batch, q_heads, true, floats, ints, pinned, bytes);
+    decode_plan<128>(info, group, indptr, batch, q_heads, floats, float_bytes, ints, pinned, bytes);
   else
     return -1;
   return done(info.ToVector(), out);
@@ -54,12 +58,12 @@ extern "C" int64_t cuda_core_plan(int32_t* indptr, int64_t batch, int64_t q_head
 }
 
 extern "C" int64_t tensor_core_plan(int32_t* indptr, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
-                                    int64_t kv_bytes, void* floats, void* ints, void* pinned, int64_t bytes,
-                                    int64_t* out) try {
+                                    int64_t kv_bytes, void* floats, int64_t float_bytes, void* ints, void* pinned,
+                                    int64_t bytes, int64_t* out) try {
   PrefillPlanInfo info;
   std::vector<int32_t> qo_indptr(batch + 1);
   for (int i = 0; i <= batch; ++i) qo_indptr[i] = i;
-  auto status = PrefillPlan<int32_t>(floats, size_t(1) << 40, ints, pinned, bytes, info, qo_indptr.data(), indptr,
+  auto status = PrefillPlan<int32_t>(floats, float_bytes, ints, pinned, bytes, info, qo_indptr.data(), indptr,
                                      /*total_num_rows=*/batch, batch, q_heads, kv_heads, head_dim, head_dim,
                                      /*page_size=*/1, /*enable_cuda_graph=*/true, /*sizeof_dtype_o=*/2,
                                      /*window_left=*/-1, /*fixed_split_size=*/-1, /*disable_split_kv=*/false,

@@ -17,9 +17,13 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
   return 1;
 }
 int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
-  return *blocks = blocks_per_sm, 0;
+  *blocks = blocks_per_sm;
+  return 0;
 }
-int cudaMemcpyAsync(void* to, const void* from, size_t size, int, void*) { return std::memcpy(to, from, size), 0; }
+int cudaMemcpyAsync(void* to, const void* from, size_t size, int, void*) {
+  std::memcpy(to, from, size);
+  return 0;
+}
 const char* cudaGetErrorString(int) { return "error of the stand-in runtime"; }
 int cudaGetLastError() { return 0; }
 // What nvcc's host code registers kernels with.
