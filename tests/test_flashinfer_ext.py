@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -68,6 +69,9 @@ def ugly() -> Iterator[Case]:
             yield Case(name, tensor_cores, heads, (H100, SMALL)[i % 2], lengths)
 
 
+UGLY = list(ugly())
+
+
 def drawn(count: int, seed: int, layers: int = 2) -> Iterator[Case]:
     rng = random.Random(seed)
     for i in range(count):
@@ -83,6 +87,9 @@ def drawn(count: int, seed: int, layers: int = 2) -> Iterator[Case]:
         yield Case(f"drawn{i}", tensor_cores, heads, grid, lengths)
 
 
+DRAWN = list(drawn(80, seed=1))
+
+
 def indptr_of(lengths: list[list[int]]) -> torch.Tensor:
     """``[L, B + 1]``; layers' segments lie in no order and apart."""
     offsets = torch.tensor(lengths).cumsum(1)
@@ -90,6 +97,7 @@ def indptr_of(lengths: list[list[int]]) -> torch.Tensor:
     return torch.cat([begin, begin + offsets], 1).int()
 
 
+@cache  # both the reference and FlashInfer's planner are compared with it
 def planned(case: Case) -> torch.Tensor:
     """``[L + 1, n]``: the int workspace after planning, poisoned before, one layer and 48 bytes too large."""
     layout = case.layout()
@@ -152,13 +160,13 @@ def check_every_row_once(case: Case, layer: int, ints: torch.Tensor) -> None:
     assert mask.tolist() == [i < total for i in range(layout.num_blocks)]
 
 
-@pytest.mark.parametrize("case", ugly(), ids=str)
+@pytest.mark.parametrize("case", UGLY, ids=str)
 def test_device_plans_are_the_references(case):
     assert check_device_plan(case) >= len(case.lengths) - (case.name == "zeros") * 4
 
 
 def test_device_plans_are_the_references_on_random_batches():
-    assert sum(check_device_plan(case) for case in drawn(150, seed=1)) > 250
+    assert sum(check_device_plan(case) for case in DRAWN) > 130
 
 
 def test_empty_requests_that_overflow_upstream_fit_here():
@@ -195,14 +203,13 @@ def check_flashinfers_plan(planner: Planner, case: Case, plans: list[reference.P
     return compared
 
 
-@pytest.mark.parametrize("case", ugly(), ids=str)
+@pytest.mark.parametrize("case", UGLY, ids=str)
 def test_device_plans_are_flashinfers(planner, case):
     check_flashinfers_plan(planner, case, case.expected(), planned(case))
 
 
 def test_device_plans_are_flashinfers_on_random_batches(planner):
-    cases = drawn(60, seed=2)
-    assert sum(check_flashinfers_plan(planner, case, case.expected(), planned(case)) for case in cases) > 100
+    assert sum(check_flashinfers_plan(planner, case, case.expected(), planned(case)) for case in DRAWN) > 130
 
 
 def test_the_reference_is_flashinfers_planner(planner):
@@ -354,8 +361,8 @@ def test_plan_and_run_are_attention(heads, tensor_cores):
     storage = torch.randn(2, 700, heads.num_kv_heads, heads.head_dim).half()
     k_cells, v_cells = storage
     for lengths in (
-        [[300, 0, 5], [129, 700, 1], [0, 0, 0]],  # the last layer keeps nothing
-        [[257] * 9, [1, 2, 3, 0, 0, 0, 690, 8, 9], [128] * 9],
+        [[300, 0, 5], [129, 400, 1], [0, 0, 0]],  # the last layer keeps nothing
+        [[137] * 9, [1, 2, 3, 0, 0, 0, 500, 8, 9], [128] * 9],
         [[600], [1], [400]],  # a smaller batch behind a larger one
     ):
         batch_size, indptr = len(lengths[0]), indptr_of(lengths) // 1000
@@ -526,14 +533,15 @@ def test_the_references_attention_is_torchs():
     torch.testing.assert_close(ours, exact.transpose(0, 1))
 
 
-def test_importing_leaves_flashinfer_out():
-    code = "import sys, flashinfer_ext, flashinfer_ext.check; print([m for m in sys.modules if m.split('.')[0] == 'flashinfer'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_self_check_needs_a_gpu():
+def test_without_a_gpu_flashinfer_is_not_imported_and_the_self_check_says_so():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "-m", "flashinfer_ext.check"], capture_output=True, text=True)
-    assert done.returncode == 2 and "GPU" in done.stdout + done.stderr
+        pytest.skip("there is a GPU")
+    code = """
+import sys
+from flashinfer_ext.check import main
+status = main()
+print([m for m in sys.modules if m.split(".")[0] in ("flashinfer", "sglang", "sglang_vlkv")], status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    sentence, modules = done.stdout.splitlines()
+    assert "GPU" in sentence and modules == "[] 2"
