@@ -18,13 +18,15 @@ from flashinfer_ext.layout import DECODE_GROUP_SIZES, Grid, Heads, Layout, cuda_
 from flashinfer_ext.plan_kernel import plan_layers
 from tests.flashinfer_planner import SENTINEL, Planner, why_not
 
-H100 = Grid(num_sms=132, num_blocks_per_sm=4, max_shared_memory=227 * 1024)
+H100 = Grid(num_sms=132, num_blocks_per_sm=4)
 SMALL = Grid(num_sms=20, num_blocks_per_sm=3)
 QWEN_7B = Heads(28, 4, 128)  # G = 7
 QWEN_32B = Heads(40, 8, 128)  # G = 5
 MHA = Heads(16, 16, 64)  # G = 1
 G4, G8, G3 = Heads(32, 8, 128), Heads(64, 8, 128), Heads(12, 4, 64)
-WIDE = Heads(24, 1, 256, 1)  # 24 packed rows: a tile of 64
+WIDE = Heads(24, 1, 256)  # 24 packed rows: a tile of 64
+TILE_128 = Heads(71, 1, 128)
+DIM_256 = Heads(16, 1, 256)
 MANY = Heads(140, 2, 256)  # 70 packed rows over tiles of 64: two query tiles
 
 LAYOUTS = {False: cuda_core_layout, True: tensor_core_layout}
@@ -49,17 +51,17 @@ class Case:
 
 
 SHAPES = [
-    ("B1-huge", [[200_000], [1], [0], [127], [128], [129], [131_072]]),
+    ("B1-huge", [[200_000], [0], [128], [129], [131_072]]),
     ("B64-equal", [[900] * 64, [1] * 64, [128] * 64]),
     ("uneven", [[30_000, 3, 800, 128, 1], [1, 1, 1, 1, 1], [5, 40_000, 129, 256, 257], [64, 64, 64, 64, 90_000]]),
     ("below-chunk", [[1, 2, 127, 64, 128, 3, 9, 100], [128] * 8]),
     ("zeros", [[0, 0, 0], [0, 7, 0], [0, 0, 9000], [500, 0, 0]]),
     ("B64-empty", [[0] * 64, [0] * 63 + [5]]),
     ("B33-ladder", [[37 * i + 1 for i in range(33)], [(7919 * i) % 5000 + 1 for i in range(33)]]),
-    ("B512", [[(i * 7919) % 3000 + 1 for i in range(512)], [1000] * 512, [1] * 512]),
+    ("B512", [[(i * 7919) % 3000 + 1 for i in range(512)], [1] * 512]),
 ]
 KINDS = [
-    *((True, heads) for heads in (QWEN_7B, QWEN_32B, G4, G8, WIDE, MANY)),
+    *((True, heads) for heads in (QWEN_7B, QWEN_32B, G4, G8, WIDE, MANY, TILE_128, DIM_256)),
     *((False, heads) for heads in (MHA, G3, G4, G8)),
 ]
 
@@ -77,7 +79,7 @@ def drawn(count: int, seed: int, layers: int = 2) -> Iterator[Case]:
     rng = random.Random(seed)
     for i in range(count):
         tensor_cores, heads = rng.choice(KINDS)
-        grid = Grid(rng.choice([1, 8, 46, 108, 132, 148]) + heads.num_kv_heads, rng.randint(1, 8), rng.choice([99, 227]) * 1024)
+        grid = Grid(rng.choice([1, 8, 46, 108, 132, 148]) + heads.num_kv_heads, rng.randint(1, 8))
         batch_size = rng.choice([1, 2, 3, 7, 8, 15, 16, 17, 40, 100])
         longest = rng.choice([1, 100, 129, 1000, 20_000, 300_000])
         some = [0, 1, 127, 128, 129, longest] if rng.random() < 0.5 else [longest]
@@ -88,7 +90,7 @@ def drawn(count: int, seed: int, layers: int = 2) -> Iterator[Case]:
         yield Case(f"drawn{i}", tensor_cores, heads, grid, lengths)
 
 
-DRAWN = list(drawn(80, seed=1))
+DRAWN = list(drawn(50, seed=1))
 
 
 def indptr_of(lengths: list[list[int]]) -> torch.Tensor:
@@ -167,7 +169,7 @@ def test_device_plans_are_the_references(case):
 
 
 def test_device_plans_are_the_references_on_random_batches():
-    assert sum(check_device_plan(case) for case in DRAWN) > 130
+    assert sum(check_device_plan(case) for case in DRAWN) > 80
 
 
 def test_empty_requests_that_overflow_upstream_fit_here():
@@ -210,7 +212,7 @@ def test_device_plans_are_flashinfers(planner, case):
 
 
 def test_device_plans_are_flashinfers_on_random_batches(planner):
-    assert sum(check_flashinfers_plan(planner, case, case.expected(), planned(case)) for case in DRAWN) > 130
+    assert sum(check_flashinfers_plan(planner, case, case.expected(), planned(case)) for case in DRAWN) > 80
 
 
 def test_the_reference_is_flashinfers_planner(planner):
@@ -326,7 +328,7 @@ class Kernels:
     def attend(a: dict, request: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the request's rows from ``begin`` to before ``end``; no rows weigh nothing."""
         first, behind = a["paged_kv_indptr"][request : request + 2].tolist()
-        assert a["paged_kv_last_page_len"][request] == 1 and a["paged_k_cache"].shape[1] == 1
+        assert a["paged_kv_last_page_len"].tolist() == [1] * len(a["q"]) and a["paged_k_cache"].shape[1] == 1
         cells = a["paged_kv_indices"][min(first + begin, behind) : min(first + end, behind)].long()
         group = a["q"].shape[1] // a["paged_k_cache"].shape[2]
         caches = a["paged_k_cache"], a["paged_v_cache"]
