@@ -7,7 +7,7 @@ import torch
 from sglang_vlkv import merging
 from sglang_vlkv.base import Layer, Modality, Prompt, Rows
 from sglang_vlkv.kernels.compaction.cpu import gather_rows
-from sglang_vlkv.policies import policies
+from sglang_vlkv.policies import policies, votes
 from sglang_vlkv.rope import Rope
 from sglang_vlkv.select import select
 from tests.pretend import GPU, OnGpu, PretendGpu
@@ -17,8 +17,8 @@ TAGS = torch.zeros(N, dtype=torch.uint8)
 TAGS[10:200] = Modality.VIDEO
 TAGS[200:210] = Modality.SYSTEM
 PROMPT = Prompt(TAGS, last_turn=280)
-WAITS = {  # what scoring waits for, beside what the CPU's attention scoring does
-    "aircache": "its strength is over the rows that are elite, and how many are is data",
+WAITS = {  # and why
+    "aircache": "how many text rows are its elite is data",
 }
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,9 +87,7 @@ def test_scoring_waits_for_nothing(name, monkeypatch):
     own = tensors(0)
     with PretendGpu() as gpu:
         moved = [x.to(GPU) for x in own]
-        attention = Attention(gpu)
-        for module in ("votes", "h2o", "aircache"):
-            monkeypatch.setattr(f"sglang_vlkv.policies.{module}.post_vision_scores", attention)
+        monkeypatch.setattr(votes, "post_vision_scores", Attention(gpu))
         scores_of(policy, *moved, index=0)
     assert bool(gpu.waits) == (name in WAITS), gpu.waits
 
@@ -98,9 +96,7 @@ class Attention:
     """The CPU's attention scoring; what it waits for is not counted."""
 
     def __init__(self, gpu: PretendGpu) -> None:
-        from sglang_vlkv.kernels.post_vision.cpu import post_vision_scores
-
-        self.scores, self.gpu = post_vision_scores, gpu
+        self.scores, self.gpu = votes.post_vision_scores, gpu
 
     def __call__(self, *args, **kwargs):
         before = len(self.gpu.waits)
