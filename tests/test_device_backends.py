@@ -182,6 +182,22 @@ def test_exact_prefills_are_the_stock_backends(world, monkeypatch):
     world.assert_alike(world.batch(ForwardMode.EXTEND, [1], [10], [30]))
 
 
+def test_the_host_knows_how_many_rows_a_prefill_sees(world, monkeypatch):
+    """FlashInfer plans a prefill on the host: in every layer what the device lists."""
+    turn, slid = world.request(1, 20), world.request(6, 30)
+    world.request(3, 11)
+    world.compact(turn, [9, 2, 4])
+    world.compact(slid, [5, 6, 7], sliding=[3, 1, 2])
+    planned = []
+    monkeypatch.setattr(world.device, "plan_extend", lambda *arguments: planned.extend(arguments))
+    batch = world.batch(ForwardMode.EXTEND, [1, 3, 6], [20, 11, 30], [29, 30, 31])
+    world.device.init_forward_metadata(batch)
+    num_new, num_rows = planned
+    lists = world.device._extends
+    assert num_new == [9, 19, 1] == lists.qo_indptr.diff().tolist() and lists.longest == 19
+    assert num_rows == [[18, 11, 13], [30, 30, 30], [8, 7, 9]] == lists.indptr.diff(dim=1).T.tolist()
+
+
 @pytest.mark.parametrize("compacted", [False, True])
 def test_prompts_are_scored_over_chunks(world, compacted):
     """The voting rows straddle two chunks; the second rides with a request on compacted rows or not."""

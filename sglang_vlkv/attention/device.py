@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_vlkv.attention.scoring import Extend
+    from sglang_vlkv.requests import RequestState
 
 SHARED = 2  # a decode step's index lists may be this often longer than the pool: rows are shared
 
@@ -31,6 +32,30 @@ class DecodeKernel(Protocol):
 
     def run(self, layer, q, k_cells, v_cells, indptr, indices, scale, out=None) -> torch.Tensor:
         """Attention of ``q`` ``[B, Hq, D]`` in one layer."""
+
+
+class Extends(NamedTuple):
+    """Which rows a prefill sees, on the device.
+
+    Attributes:
+        qo_indptr: ``[B + 1]`` int32, where each request's new tokens begin.
+        indptr: ``[L, B + 1]`` int32, where each one's rows begin in ``indices``.
+        indices: cell ids, int32.
+        longest: most new tokens of a request.
+    """
+
+    qo_indptr: torch.Tensor
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    longest: int
+
+
+def _rows_seen(state: RequestState | None, end: int, num_layers: int) -> list[int]:
+    """Rows that the request's token at ``end - 1`` sees in every layer."""
+    if state is None or state.cells is None:
+        return [end] * num_layers
+    own = state.sliding or [end - state.first_own] * num_layers
+    return [len(cells) + count for cells, count in zip(state.cells, own, strict=True)]
 
 
 class RaggedDeviceBackend:
@@ -108,23 +133,36 @@ class RaggedDeviceBackend:
             states = map(pool.requests.at_row, batch.req_pool_indices.tolist())
             self._drafting = [(i, s) for i, s in enumerate(states) if s is not None and s.plan.writes_draft]
 
-    def _list_extends(self, batch: ForwardBatch, extends: list[Extend]):
+    def _list_extends(self, batch: ForwardBatch, extends: list[Extend]) -> Extends | None:
         """The lists of a prefill that goes on from compacted rows; None where all rows are exact."""
-        pool, visible, compacted = self.token_to_kv_pool, 0, False
-        for extend in extends:
-            state = pool.requests.at_row(extend.row)
-            visible += extend.end * pool.layer_num
-            if state is not None and state.cells is not None:
-                compacted = True
-                visible += sum(map(len, state.cells)) - state.first_own * pool.layer_num
-        if not compacted:
+        pool = self.token_to_kv_pool
+        states = [pool.requests.at_row(extend.row) for extend in extends]
+        if all(state is None or state.cells is None for state in states):
             return None
-        indptr, indices = RaggedIndices(pool.layer_num, len(extends), visible, pool.device).build(
+        seen = [_rows_seen(state, extend.end, pool.layer_num) for state, extend in zip(states, extends)]
+        capacity = sum(map(sum, seen))
+        indptr, indices = RaggedIndices(pool.layer_num, len(extends), capacity, pool.device).build(
             self._rows.table, batch.req_pool_indices, batch.seq_lens, self._req_to_token, pool.cells_per_layer
         )
         qo_indptr = torch.zeros(len(extends) + 1, dtype=torch.int32, device=pool.device)
         torch.cumsum(batch.extend_seq_lens, 0, out=qo_indptr[1:])
-        return qo_indptr, indptr, indices, max(extend.end - extend.start for extend in extends)
+        counts = [extend.end - extend.start for extend in extends]
+        self.plan_extend(counts, seen)
+        return Extends(qo_indptr, indptr, indices, max(counts))
+
+    def plan_extend(self, num_new: list[int], num_rows: list[list[int]]) -> None:
+        """What :meth:`extend` needs to know on the host.
+
+        Args:
+            num_new: new tokens of every request.
+            num_rows: rows that each sees in every layer, ``[B][L]``.
+        """
+
+    def extend(self, layer: int, q: torch.Tensor, lists: Extends, scale: float, out: torch.Tensor) -> None:
+        """Causal attention of new tokens ``[tokens, Hq, D]``, the last of their requests' rows."""
+        cells = self.token_to_kv_pool.k_cells, self.token_to_kv_pool.v_cells
+        per_layer = lists.qo_indptr, lists.indptr[layer], lists.indices
+        ragged_extend(q, *cells, *per_layer, scale, lists.longest, out)
 
     # ---- Attention ----
 
@@ -135,7 +173,8 @@ class RaggedDeviceBackend:
         q_heads, out = heads(q.contiguous(), layer), torch.empty_like(q)
         if save_kv_cache:
             self._write(layer, forward_batch, k, v)
-        self._attend(self._kernel.run, layer, q_heads, *self._lists, layer.scaling, heads(out, layer))
+        cells = self.token_to_kv_pool.k_cells, self.token_to_kv_pool.v_cells
+        self._kernel.run(layer.layer_id, q_heads, *cells, *self._lists, layer.scaling, heads(out, layer))
         for query, state in self._drafting:
             state.drafted.setdefault(layer.layer_id, []).append(q_heads[query : query + 1].clone())
         return out
@@ -151,18 +190,9 @@ class RaggedDeviceBackend:
             out = torch.empty_like(q)
             if save_kv_cache:
                 self._write(layer, forward_batch, k, v)
-            pool = self.token_to_kv_pool
-            qo_indptr, indptr, indices, longest = self._extends
-            ragged_extend(
-                q_heads, pool.k_cells, pool.v_cells, qo_indptr, indptr[layer.layer_id], indices,
-                layer.scaling, longest, heads(out, layer),
-            )  # fmt: skip
+            self.extend(layer.layer_id, q_heads, self._extends, layer.scaling, heads(out, layer))
         score(self._chunks, layer, q_heads, self.token_to_kv_pool, self.rope)
         return out
-
-    def _attend(self, run, layer: RadixAttention, q, indptr, indices, scale, out) -> None:
-        pool = self.token_to_kv_pool
-        run(layer.layer_id, q, pool.k_cells, pool.v_cells, indptr, indices, scale, out)
 
     def _write(self, layer: RadixAttention, forward_batch: ForwardBatch, k, v) -> None:
         if k is not None and v is not None:
