@@ -71,11 +71,13 @@ def compiled_for(arch: int) -> Iterator[list[Resources]]:
         triton.OutOfResources: from the launcher, where a block needs more shared memory than there is.
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0" or not isinstance(tl.sum, triton.JITFunction):
-        raise RuntimeError("TRITON_INTERPRET is set or was set when Triton was imported; compile in a new process")
+        raise RuntimeError(
+            "TRITON_INTERPRET is set or was set when Triton was imported; compile in a process without it"
+        )
     if arch not in MAX_SHARED:
         raise ValueError(f"arch is one of {', '.join(map(str, MAX_SHARED))}, not {arch}")
     compiled: list[Resources] = []
-    before = driver._active
+    before = driver._active  # None without a GPU; the public property would raise
     driver.set_active(_MeasuringDriver(arch, compiled))
     try:
         yield compiled
@@ -119,7 +121,9 @@ class _MeasuringDriver:
             self._usage[metadata.hash] = _usage(cubin)
             registers, spills = self._usage[metadata.hash]
             self._compiled.append(
-                Resources(name, self._arch, registers, shared, spills, metadata.num_warps, metadata.num_stages)
+                Resources(
+                    name, self._arch, registers, shared, spills, metadata.num_warps, metadata.num_stages
+                )
             )
         # Without a module Triton has nothing to unload, and asks again at each launch.
         registers, spills = self._usage[metadata.hash]

@@ -6,13 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_vlkv.kernels.ragged_attention.arguments import LOG2_E, check_attention
+
 # A row is found through its index, and Triton halves the stages between the two loads: two tiles of K
 # and V are in shared memory while the index of a third is on its way.
 STAGES = 5
 BLOCK_SHARED = 76 * 1024  # bytes at most of a block of the main kernel, with what CUDA keeps for itself
 HOPPER = 132, 233_472  # multiprocessors, bytes of shared memory in each
 MERGED = 64  # partial results that the merge reads at a time
-MERGES_PER_SM = 4  # programs, so many fit; where most requests have one chunk, looking is quicker than starting
+MERGES_PER_SM = 4  # programs of the merge that run at a time; those of many requests look at several
 PLANNED = 16  # chunks whose requests are looked up at a time
 
 
@@ -142,7 +144,8 @@ class RaggedDecode:
             raise ValueError(f"layer {layer} of {self.num_layers}")
         if q.shape != (num_requests, self.num_q_heads, self.head_dim):
             raise ValueError(
-                f"q must be [B, Hq, D] = {[num_requests, self.num_q_heads, self.head_dim]}, not {list(q.shape)}"
+                f"q must be [B, Hq, D] = {[num_requests, self.num_q_heads, self.head_dim]}; "
+                f"it is {list(q.shape)}"
             )
         out = check_attention(q, k_cells, v_cells, indices, out)
         if k_cells.shape[1] != self.num_kv_heads:
@@ -207,43 +210,9 @@ class RaggedDecode:
         return entries - 1
 
 
-LOG2_E = 1.4426950408889634
-
-
 def decode_tile(head_dim: int) -> int:
     """Rows of which K and V, 16 bits each, take 32 KiB."""
     return max(16, 8192 // max(64, triton.next_power_of_2(head_dim)))
-
-
-def check_attention(
-    q: torch.Tensor,
-    k_cells: torch.Tensor,
-    v_cells: torch.Tensor,
-    indices: torch.Tensor,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """What decode and extend ask of their tensors; returns ``out``, allocated where it is None."""
-    _, num_q_heads, head_dim = q.shape
-    if k_cells.shape != v_cells.shape or k_cells.dtype != v_cells.dtype or k_cells.shape[2] != head_dim:
-        raise ValueError(
-            f"k_cells and v_cells must be [num_cells, Hkv, {head_dim}] of one dtype; they are "
-            f"{list(k_cells.shape)} {k_cells.dtype} and {list(v_cells.shape)} {v_cells.dtype}"
-        )
-    if num_q_heads % k_cells.shape[1]:
-        raise ValueError(f"{num_q_heads} query heads cannot share {k_cells.shape[1]} KV heads")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q must be float32, bfloat16 or float16, not {q.dtype}")
-    if not (k_cells.is_contiguous() and v_cells.is_contiguous()):
-        raise ValueError("k_cells and v_cells must be contiguous")
-    if q.stride()[1:] != (head_dim, 1):
-        raise ValueError(f"the heads of a token in q must be contiguous; its strides are {q.stride()}")
-    if indices.dtype != torch.int32 or indices.ndim != 1 or not indices.is_contiguous():
-        raise ValueError("indices must be flat, contiguous int32")
-    if out is None:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {list(q.shape)} {q.dtype}")
-    return out
 
 
 @triton.jit(do_not_specialize=["num_requests", "num_chunks", "table_stride", "owner_stride"])

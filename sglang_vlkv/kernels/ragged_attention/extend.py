@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_vlkv.kernels.ragged_attention.decode import LOG2_E, STAGES, check_attention
+from sglang_vlkv.kernels.ragged_attention.arguments import LOG2_E, check_attention
+from sglang_vlkv.kernels.ragged_attention.decode import STAGES
 
 
 def ragged_extend(
