@@ -49,7 +49,7 @@ class Ours(Decode):
                 model.layers, size, *heads, clock.device, q_dtype=clock.dtype, kv_dtype=clock.dtype
             )
         else:
-            self.engine = RaggedDecode(model.layers, size, *heads, clock.device)
+            self.engine = RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
 
     def build(self, of_set: int) -> None:
         at, pool = self.residents, self.residents.pool

@@ -26,8 +26,8 @@ class Pool:
             layer.normal_()
         self.model, self.rows, self.device = model, rows, clock.device
         self.cells_per_layer = 2 * rows
-        self.k_cells = self.storage.view(-1, model.kv_heads, model.head_dim)
-        self.v_cells = self.k_cells[rows:]
+        flat = self.storage.view(-1, model.kv_heads, model.head_dim)
+        self.k_cells, self.v_cells = flat[:-rows], flat[rows:]
 
     def cells_of(self, slots: torch.Tensor) -> torch.Tensor:
         """All layers' cells of ``slots``, layer after layer, int32."""
@@ -43,60 +43,65 @@ class Residents:
         moved: bytes that one set's decode step has to read: rows and their indices.
     """
 
-    def __init__(self, pool: Pool, batch: Batch, alpha: float, uneven: bool, sets: int) -> None:
+    def __init__(
+        self, pool: Pool, batch: Batch, alpha: float, uneven: bool, sets: int, exact: tuple[int, ...] = ()
+    ) -> None:
+        """
+        Args:
+            exact: requests of the batch that are not compacted although ``alpha < 1``.
+        """
+        layers, device, size = pool.model.layers, pool.device, len(batch.lengths)
         self.pool, self.batch = pool, batch
-        layers, device = pool.model.layers, pool.device
-        size = len(batch.lengths)
-        self.compacted = alpha < 1
-        own = OWN if self.compacted else 0
         self.table = RowTable.empty(sets * size, layers, device)
-        longest = max(batch.lengths) + own
-        self.req_to_token = torch.zeros(sets * size, longest, dtype=torch.int32, device=device)
-        free = torch.randperm(pool.rows - 1, device=device).add_(1).int()  # slot 0 is for padding
-        self._cells: list[torch.Tensor] = []  # the table holds their addresses
-        self._counts: list[list[int]] = []
-        taken = num_rows = 0
+        self.req_to_token = torch.zeros(sets * size, max(batch.lengths) + OWN, dtype=torch.int32, device=device)
+        self._free = torch.randperm(pool.rows - 1, device=device).add_(1).int()  # slot 0 is for padding
+        self._fixed: list[torch.Tensor] = []  # per row; the table holds their addresses
+        self.kept: list[list[int]] = []
         for row in range(sets * size):
+            compacted = alpha < 1 and row % size not in exact
             length = batch.lengths[row % size]
-            if self.compacted:
-                kept = kept_rows(layers, length, alpha, uneven, seed=row % size)
-                num_slots = -(-sum(kept) // layers)
-                slots = free[taken : taken + num_slots]
-                cells = pool.cells_of(slots)[: sum(kept)].contiguous()
-                self._cells.append(cells)
-                self.table.cells[row] = cells.data_ptr()
-                ends = torch.tensor([0, *kept], dtype=torch.int32).cumsum(0)
-                self.table.fixed[row] = ends.int().to(device)
-                self.table.first_own[row] = length
-                taken += num_slots
-            else:
-                kept = [0] * layers
-            self._counts.append(kept)
-            slots_own = own if self.compacted else length
-            start = length if self.compacted else 0
-            self.req_to_token[row, start : start + slots_own] = free[taken : taken + slots_own]
-            taken += slots_own
-            if row < size:
-                num_rows += sum(kept) + layers * slots_own
-        if taken > len(free):
-            raise ValueError(f"{sets} sets of {batch.name} take {taken} slots; the pool has {len(free)}")
+            self.kept.append(kept_rows(layers, length, alpha, uneven, row % size) if compacted else [0] * layers)
+            self._place(row, length, compacted)
         self.rows = list(torch.arange(sets * size, device=device).split(size))
-        lens = torch.tensor([n + own for n in batch.lengths], device=device)
-        self.seq_lens = [lens.clone() for _ in range(sets)]
-        self.num_rows = num_rows
-        self.moved = num_rows * (pool.model.row_bytes + 4)
+        ends = [self.first_own(row) + self.num_own(row) for row in range(size)]
+        self.seq_lens = [torch.tensor(ends, device=device) for _ in range(sets)]
+        self.num_rows = sum(sum(self.kept[row]) + layers * self.num_own(row) for row in range(size))
+        self.moved = self.num_rows * (pool.model.row_bytes + 4)
 
-    def cells(self, of_set: int, request: int, layer: int) -> torch.Tensor:
-        """What a request sees of a layer, computed apart from what is measured, int64."""
-        row = of_set * len(self.batch.lengths) + request
-        length = self.batch.lengths[request]
-        start, end = (length, length + OWN) if self.compacted else (0, length)
-        own = self.req_to_token[row, start:end].long() + layer * self.pool.cells_per_layer
-        if not self.compacted:
-            return own
-        before = sum(self._counts[row][:layer])
-        fixed = self._cells[row][before : before + self._counts[row][layer]].long()
-        return torch.cat([fixed, own])
+    def first_own(self, row: int) -> int:
+        return self.batch.lengths[row % len(self.batch.lengths)] if sum(self.kept[row]) else 0
+
+    def num_own(self, row: int) -> int:
+        return OWN if sum(self.kept[row]) else self.batch.lengths[row % len(self.batch.lengths)]
+
+    def _place(self, row: int, length: int, compacted: bool) -> None:
+        """Gives the row its slots: for what it keeps, and for its own tokens."""
+        kept = self.kept[row]
+        num_fixed, num_own = -(-sum(kept) // len(kept)), OWN if compacted else length
+        slots, self._free = self._free[: num_fixed + num_own], self._free[num_fixed + num_own :]
+        if len(slots) < num_fixed + num_own:
+            raise ValueError(f"row {row} of {self.batch.name} finds no room in {self.pool.rows} slots")
+        fixed = self.pool.cells_of(slots[:num_fixed])[: sum(kept)].contiguous()
+        self._fixed.append(fixed)
+        start = 0
+        if compacted:
+            self.table.cells[row] = fixed.data_ptr()
+            self.table.fixed[row] = torch.tensor([0, *kept]).cumsum(0).int().to(self.pool.device)
+            self.table.first_own[row] = start = length
+        self.req_to_token[row, start : start + num_own] = slots[num_fixed:]
+
+    def cells(self, row: int, layer: int, newest: int | None = None) -> torch.Tensor:
+        """What a row sees of a layer, apart from the kernels that are measured, int64.
+
+        Args:
+            newest: how many of its own tokens it sees; all of them if None.
+        """
+        start = self.first_own(row)
+        own = self.req_to_token[row, start : start + self.num_own(row)].long()
+        own = own[len(own) - newest :] if newest is not None else own
+        before = sum(self.kept[row][:layer])
+        fixed = self._fixed[row][before : before + self.kept[row][layer]].long()
+        return torch.cat([fixed, own + layer * self.pool.cells_per_layer])
 
 
 def slots_needed(model: Model, batch: Batch, alpha: float) -> int:
