@@ -63,12 +63,13 @@ def run(part: Part, clock: Clock) -> None:
     part.add(CASE, "read (sum)", clock.measure(lambda: torch.sum(source, 0, out=total)), moved=num_bytes)
     for model in models(clock.rehearsal):
         row = model.kv_heads * model.head_dim
-        num_rows = size * 4 // 2 // row  # of 16-bit elements, K in one half and V in the other
+        flat = target.view(clock.dtype)
+        num_rows = len(flat) // row // 2 * 2  # K in one half and V in the other
         cells = torch.randn(num_rows, model.kv_heads, model.head_dim, dtype=clock.dtype, device=clock.device)
         half = num_rows // 2
         k, v = cells[:half], cells[half:]
         indices = torch.randperm(half, device=clock.device).int()
-        out = target.view(clock.dtype)[: 2 * half * row].view(2, half, model.kv_heads, model.head_dim)
+        out = flat[: num_rows * row].view(2, half, model.kv_heads, model.head_dim)
         gather_copy(k, v, indices, out)
         same = torch.equal(out[0], k[indices.long()]) and torch.equal(out[1], v[indices.long()])
         part.check(f"gathered copy, {model.name}", same)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -297,15 +294,6 @@ def flashinfer_check(part: Part) -> None:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     part.extra["flashinfer_ext_check"] = {"returncode": ran.returncode, "output": ran.stdout[-4000:]}
     part.check("flashinfer_ext.check", ran.returncode == 0, errors=ran.stderr[-2000:])
-
-
-def resources() -> dict | list | str:
-    """Registers, shared memory and spills of every Triton kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "aot.json"
-        command = [sys.executable, "-m", "sglang_vlkv.kernels.aot", "--json", str(path)]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        return json.loads(path.read_text()) if path.exists() else ran.stderr[-2000:]
 
 
 def attempt(part: Part, name: str, work: Callable, *arguments) -> None:

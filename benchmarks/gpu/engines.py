@@ -59,11 +59,13 @@ class Ours(Decode):
     def plan(self) -> None:
         self.engine.plan(self.indptr)
 
-    def attend(self) -> None:
+    def attend(self, indices: torch.Tensor | None = None) -> None:
+        """Runs all layers, over other index lists of the same lengths if given."""
         pool = self.residents.pool
+        indices = self.indices if indices is None else indices
         for layer in range(self.model.layers):
             self.engine.run(
-                layer, self.q[layer], pool.k_cells, pool.v_cells, self.indptr, self.indices,
+                layer, self.q[layer], pool.k_cells, pool.v_cells, self.indptr, indices,
                 self.model.scale, out=self.out[layer],
             )  # fmt: skip
 

@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 
 def batches(rehearsal: bool) -> list[Batch]:
     if rehearsal:
-        return [Batch("1x96", (96,)), Batch("3x40", (40,) * 3), Batch("2x48 + 1x24", (48, 48, 24))]
+        return [Batch("2x40", (40,) * 2), Batch("1x48 + 1x24", (48, 24))]
     k = 1024
     return [
         Batch("1x32K", (32 * k,)),
