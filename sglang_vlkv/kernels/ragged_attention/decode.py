@@ -6,8 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCKS_PER_SM = 2  # of the main kernel that run at a time; what its shared memory allows
-STAGES = 3
+# A row is found through its index, and Triton halves the stages between the two loads: two tiles of K
+# and V are in shared memory while the index of a third is on its way.
+STAGES = 5
+BLOCK_SHARED = 72_192 + 1024  # bytes of the main kernel's blocks, with what CUDA keeps for itself
+HOPPER = 132, 233_472  # multiprocessors, bytes of shared memory in each
 MERGED = 32  # partial results that the merge reads at a time
 PLANNED = 16  # chunks whose requests are looked up at a time
 
@@ -24,6 +27,11 @@ class RaggedDecode:
 
     Attributes:
         tile: rows that are read at a time; chunks are multiples of it.
+        first_chunk: ``[L, max_requests + 1]`` int32, prefix sums of the requests' chunks.
+        owner: ``[L, max_chunks]`` int32, each chunk's request; -1 behind the last.
+        chunk_rows: ``[L]`` int32, rows of a chunk; a request's last may be shorter.
+        partial, partial_lse: ``[max_chunks, Hq, D]`` and ``[max_chunks, Hq]`` float32, results and
+            binary logarithms of the sums of exponentials. Layers run one after another and share them.
     """
 
     def __init__(
@@ -38,29 +46,31 @@ class RaggedDecode:
     ) -> None:
         """
         Args:
-            num_sms: multiprocessors to fill; those of ``device`` where it is None (132 on a CPU).
+            num_sms: multiprocessors to fill; those of ``device`` where it is None. On a CPU, for
+                tests and compilation, as many as Hopper has.
         """
         if num_q_heads % num_kv_heads:
             raise ValueError(f"{num_q_heads} query heads cannot share {num_kv_heads} KV heads")
-        if num_sms is None:
-            on_gpu = torch.device(device).type == "cuda"
-            num_sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
+        sms, shared = HOPPER
+        if torch.device(device).type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            sms, shared = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+        blocks = (sms if num_sms is None else num_sms) * max(1, shared // BLOCK_SHARED)
         self.num_layers, self.max_requests = num_layers, max_requests
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.tile = decode_tile(head_dim)
-        self._one_wave = max(1, num_sms * BLOCKS_PER_SM // num_kv_heads)
+        self._one_wave = max(1, blocks // num_kv_heads)
         self._planned_requests = 0
         self.max_chunks = chunks = self.num_chunks(max_requests)
 
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self._first_chunk = empty(num_layers, max_requests + 1, dtype=torch.int32)
-        self._owner = empty(num_layers, chunks, dtype=torch.int32)
-        self._chunk_rows = empty(num_layers, dtype=torch.int32)
-        # Layers run one after another and share these.
-        self._partial = empty(chunks, num_q_heads, head_dim, dtype=torch.float32)
-        self._partial_lse = empty(chunks, num_q_heads, dtype=torch.float32)
+        self.first_chunk = empty(num_layers, max_requests + 1, dtype=torch.int32)
+        self.owner = empty(num_layers, chunks, dtype=torch.int32)
+        self.chunk_rows = empty(num_layers, dtype=torch.int32)
+        self.partial = empty(chunks, num_q_heads, head_dim, dtype=torch.float32)
+        self.partial_lse = empty(chunks, num_q_heads, dtype=torch.float32)
 
     def num_chunks(self, num_requests: int) -> int:
         """The most chunks of one layer.
@@ -83,9 +93,9 @@ class RaggedDecode:
         num_chunks = self.num_chunks(num_requests)
         _plan_chunks[self.num_layers, triton.cdiv(num_chunks, 4 * PLANNED)](
             indptr,
-            self._first_chunk,
-            self._owner,
-            self._chunk_rows,
+            self.first_chunk,
+            self.owner,
+            self.chunk_rows,
             num_requests,
             num_chunks,
             self.max_requests + 1,
@@ -137,19 +147,19 @@ class RaggedDecode:
         group = self.num_q_heads // self.num_kv_heads
         block_d = max(16, triton.next_power_of_2(self.head_dim))
         num_chunks = self.num_chunks(num_requests)
-        indptr, first_chunk = indptr[layer], self._first_chunk[layer]
+        indptr, first_chunk = indptr[layer], self.first_chunk[layer]
         _decode_chunks[(num_chunks * self.num_kv_heads,)](
             q,
             k_cells,
             v_cells,
             out,
-            self._partial,
-            self._partial_lse,
+            self.partial,
+            self.partial_lse,
             indptr,
             indices,
             first_chunk,
-            self._owner[layer],
-            self._chunk_rows[layer:],
+            self.owner[layer],
+            self.chunk_rows[layer:],
             scale * LOG2_E,
             q.stride(0),
             HKV=self.num_kv_heads,
@@ -163,8 +173,8 @@ class RaggedDecode:
             num_stages=STAGES,
         )
         _merge_chunks[num_requests, self.num_q_heads](
-            self._partial,
-            self._partial_lse,
+            self.partial,
+            self.partial_lse,
             out,
             first_chunk,
             HQ=self.num_q_heads,
@@ -191,7 +201,7 @@ LOG2_E = 1.4426950408889634
 
 
 def decode_tile(head_dim: int) -> int:
-    """Rows of 16-bit K and V of which three stages, twice over, fit into Hopper's shared memory."""
+    """Rows of which K and V, 16 bits each, take 32 KiB."""
     return max(16, 64 * 128 // max(128, triton.next_power_of_2(head_dim)))
 
 
@@ -389,6 +399,6 @@ def _merge_chunks(
         total = total * keep + tl.sum(weights, 0)
         acc = acc * keep + tl.sum(weights[:, None] * partial, 0)
         peak = peak_now
-    acc = tl.where(end > first, acc / total, 0.0)
+    acc = acc / tl.where(end > first, total, 1.0)
     out_ptr += (request.to(tl.int64) * HQ + head) * D
     tl.store(out_ptr + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)

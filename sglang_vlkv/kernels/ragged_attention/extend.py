@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_vlkv.kernels.ragged_attention.decode import LOG2_E, check_attention
+from sglang_vlkv.kernels.ragged_attention.decode import LOG2_E, STAGES, check_attention
 
 
 def ragged_extend(
@@ -49,9 +49,10 @@ def ragged_extend(
     if max_extend_len <= 0 or num_requests == 0:
         return out
     block_d = max(16, triton.next_power_of_2(head_dim))
-    wide = block_d * q.element_size() > 256
-    block_m = max(16, min(64 if wide else 128, triton.next_power_of_2(max_extend_len * group)))
-    grid = triton.cdiv(max_extend_len * group, block_m), num_kv_heads, num_requests
+    row_bytes = block_d * q.element_size()
+    lines = max_extend_len * group
+    block_m = 16 if lines <= 16 else 128 if row_bytes <= 256 else 64
+    grid = triton.cdiv(lines, block_m), num_kv_heads, num_requests
     _extend[grid](
         q,
         k_cells,
@@ -67,10 +68,10 @@ def ragged_extend(
         D=head_dim,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
-        TILE=max(16, 64 * 256 // max(256, block_d * q.element_size())),
+        TILE=max(16, 32 * 256 // max(256, row_bytes)),  # 64 spill on sm_80
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=2,
+        num_warps=4 if block_m == 16 else 8,
+        num_stages=STAGES,
     )
     return out
 
@@ -140,6 +141,6 @@ def _extend(
         acc = tl.dot(weights.to(q.dtype), v, acc, input_precision=PRECISION)
         peak = peak_now
 
-    acc = tl.where((seen_rows > 0)[:, None], acc / total[:, None], 0.0)
+    acc = acc / tl.where(seen_rows > 0, total, 1.0)[:, None]
     at = (token * (HKV * GROUP * D) + head * D)[:, None] + d[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=real)
