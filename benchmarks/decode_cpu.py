@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import common, narrow
 from benchmarks.common import Row, Streamed
-from sglang_vlkv.base import Layer, Modality, Prompt
+from sglang_vlkv.base import Layer, Modality, Prompt, Rows
 from sglang_vlkv.config import build_policy
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.select import select
@@ -83,8 +83,10 @@ def time_stages(num_prompt: int, num_voting: int, repeats: int = 5) -> dict[str,
     k = torch.randn(num_prompt, heads, dim)
     storage = torch.randn(layers, 2, num_prompt, heads, dim)
     slots = torch.randperm(num_prompt)
-    flat = torch.zeros(layers * num_prompt, heads, dim)
-    layer = Layer(Prompt(tags), q, k, lambda: k, dim**-0.5)
+    cells = storage.view(-1, heads, dim)
+    cells = cells[: len(cells) - num_prompt], cells[num_prompt:]
+    flat = torch.zeros(2, layers * num_prompt, heads, dim)
+    layer = Layer(Prompt(tags), q, Rows(k), Rows(k), dim**-0.5)
 
     times = defaultdict(list)
     for _ in range(repeats + 1):
@@ -94,10 +96,9 @@ def time_stages(num_prompt: int, num_voting: int, repeats: int = 5) -> dict[str,
         sparsity = [scores.zeros / scores.entries for scores in scored]
         selection = select(policy, layer.prompt, scored, sparsity)
         selected_at = time.perf_counter()
-        for kv in (0, 1):
-            at = torch.arange(sum(selection.num_kept), dtype=torch.int32).split(selection.num_kept)
-            for layer, kept in enumerate(selection.kept):
-                scatter_rows(flat, at[layer], gather_rows(storage[layer, kv], slots[kept]))
+        kept = torch.cat(selection.kept, dim=1)
+        rows = gather_rows(*cells, slots, kept, selection.num_kept, 2 * num_prompt)
+        scatter_rows(*flat, torch.arange(kept.shape[1], dtype=torch.int32), rows)
         end = time.perf_counter()
         times["scoring_s"].append(scored_at - start)
         times["selection_s"].append(selected_at - scored_at)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cached_property
-from typing import Callable, ClassVar, Iterator, Mapping, NamedTuple
+from typing import ClassVar, Iterator, Mapping, NamedTuple
 
 import torch
 
@@ -77,15 +77,31 @@ class Prompt:
         return int(visual[-1]) + 1 if len(visual) else 0
 
 
+class Rows(NamedTuple):
+    """Keys or values of n positions: a tensor of their own, or where they lie in a pool.
+
+    Attributes:
+        buffer: ``[n, Hkv, D]``; with ``slots`` a pool's, ``[pool_rows, Hkv, D]``.
+        slots: row j is ``buffer[slots[j]]``, ``[n]`` integer; None where it is ``buffer[j]``.
+    """
+
+    buffer: torch.Tensor
+    slots: torch.Tensor | None = None
+
+    def gather(self) -> torch.Tensor:
+        """``[n, Hkv, D]``."""
+        return self.buffer if self.slots is None else self.buffer[self.slots]
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of a prompt, as a policy sees it. Nothing here may be written to.
 
     Attributes:
         prompt: what the positions hold.
-        q: queries after RoPE, ``[R, Hq, D]``: of the last R positions that ``k`` holds.
-        k: keys after RoPE, ``[n, Hkv, D]``.
-        values: reads the values, see :attr:`v`.
+        q: queries after RoPE, ``[R, Hq, D]``: of the last R positions that ``keys`` holds.
+        keys: where the keys after RoPE are, see :attr:`k`.
+        values: where the values are, see :attr:`v`.
         scale: factor on the dot products.
         index: the layer's number.
         rope: the model's rotary embedding, None where it has none.
@@ -96,24 +112,47 @@ class Layer:
 
     prompt: Prompt
     q: torch.Tensor
-    k: torch.Tensor
-    values: Callable[[], torch.Tensor]
+    keys: Rows
+    values: Rows
     scale: float
     index: int = 0
     rope: Rope | None = None
     seen: object = None
     draft: torch.Tensor | None = None
 
+    @property
+    def num_keys(self) -> int:
+        """n; gathers nothing."""
+        return len(self.keys.buffer if self.keys.slots is None else self.keys.slots)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.buffer.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.buffer.device
+
+    @cached_property
+    def k(self) -> torch.Tensor:
+        """Keys, ``[n, Hkv, D]``; gathered when first asked for."""
+        return self.keys.gather()
+
     @cached_property
     def v(self) -> torch.Tensor:
-        """Values, ``[n, Hkv, D]``."""
-        return self.values()
+        """Values, ``[n, Hkv, D]``; gathered when first asked for."""
+        return self.values.gather()
+
+    @property
+    def scored_keys(self) -> Rows:
+        """The keys as attention scoring reads them best: where they lie, but gathered on a CPU."""
+        return self.keys if self.device.type == "cuda" else Rows(self.k)
 
     def positions(self, start: int, end: int) -> torch.Tensor:
         """Rotary positions of prompt positions ``[start, end)``, ``[axes, end - start]`` int64."""
         if self.prompt.positions is None:
-            return torch.arange(start, end, device=self.k.device)[None]
-        return self.prompt.positions[:, start:end].to(self.k.device)
+            return torch.arange(start, end, device=self.device)[None]
+        return self.prompt.positions[:, start:end].to(self.device)
 
 
 class LayerScores(NamedTuple):
@@ -122,8 +161,10 @@ class LayerScores(NamedTuple):
     Attributes:
         scores: importance of every key, ``[Hkv, n]`` float32; more is more important.
         zeros: attention entries that the ThresholdFilter counts as zero, summed over voting rows
-            and this rank's query heads.
-        entries: how many there were; 0 where no attention was computed.
+            and this rank's query heads. On an accelerator a 0-dim int64 tensor, which nothing waits
+            for before the last layer is done.
+        entries: how many there were; 0 where no attention was computed. A tensor like ``zeros`` where
+            only the accelerator knows.
         quota_scores: a second importance ``[Hkv, n]``, by which the policy's ``quota`` is filled;
             ``-inf`` where a key takes no part in it.
         profile: what else the layer budgets depend on, ``[any]`` int64.
@@ -132,8 +173,8 @@ class LayerScores(NamedTuple):
     """
 
     scores: torch.Tensor
-    zeros: int = 0
-    entries: int = 0
+    zeros: int | torch.Tensor = 0
+    entries: int | torch.Tensor = 0
     quota_scores: torch.Tensor | None = None
     profile: torch.Tensor | None = None
 

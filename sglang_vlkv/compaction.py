@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
-from sglang_vlkv.base import Modality, Selection
+from sglang_vlkv.base import LayerScores, Modality, Policy, Selection
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.merging import merge
 from sglang_vlkv.radix import TwinRadixCache
@@ -27,7 +27,7 @@ class Gathered(NamedTuple):
     """A prompt's kept rows outside the pool, its exact rows already given back.
 
     Attributes:
-        keys, values: per layer, ``[num_kept[l], H, D]``.
+        rows: K and V of all layers, ``[2, sum(num_kept), H, D]``, layer after layer.
         tail: K and V rows ``[2, L, T, H, D]`` of output tokens that the tree owns; T is 0 except
             for a retracted request whose outputs were published with a chunk.
     """
@@ -35,8 +35,7 @@ class Gathered(NamedTuple):
     req: Req
     state: RequestState
     selection: Selection
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    rows: torch.Tensor
     tail: torch.Tensor
 
 
@@ -108,12 +107,10 @@ class Compactor:
                     "layers scored; please report this as a bug of sglang_vlkv"
                 )
             for layer in range(num_layers):
-                scores = state.scores[layer]
-                counted.append(torch.tensor([scores.zeros, scores.entries]))
-                none = torch.empty(0, dtype=torch.int64)  # a float here would round all counts
-                counted.append(none if scores.profile is None else scores.profile.cpu())
+                counted += _counted(state.scores[layer])
         sizes = [len(numbers) for numbers in counted]
-        totals = iter(self._sum_over_ranks(torch.cat(counted)).split(sizes))
+        # The only wait for the device: all layers of all requests in one copy.
+        totals = iter(self._sum_over_ranks(torch.cat(counted).cpu()).split(sizes))
         selections = []
         for _, state in fresh:
             sums = [(next(totals).tolist(), next(totals)) for _ in range(num_layers)]
@@ -160,9 +157,9 @@ class Compactor:
         protected = req.kv.cache_protected_len
         row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         slots = row[start:n].long()
-        rows = [self._rows(state, layer, slots, kept) for layer, kept in enumerate(selection.kept)]
+        rows = self._rows(state.plan.policy, slots, selection)
         tail = pool.storage[:, :, row[n : max(n, protected)].long()].transpose(0, 1).clone()
-        gathered = Gathered(req, state, selection, *map(list, zip(*rows)), tail)
+        gathered = Gathered(req, state, selection, rows, tail)
         if protected < n:
             tree.free_kv_row(req.kv, [(protected, n)])
         # The request owns nothing below its outputs now; what follows only ever adds to that.
@@ -172,12 +169,23 @@ class Compactor:
             req.lock = None
         return gathered
 
-    def _rows(self, state: RequestState, layer: int, slots: torch.Tensor, kept: torch.Tensor):
-        """K and V ``[num_kept, H, D]`` of one layer, with what was merged into them."""
-        keys, values = self._pool.k_buffer[layer], self._pool.v_buffer[layer]
-        if state.plan.policy.merge == "none":
-            return gather_rows(keys, slots[kept]), gather_rows(values, slots[kept])
-        return merge(state.plan.policy, keys[slots], values[slots], kept)
+    def _rows(self, policy: Policy, slots: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """K and V ``[2, sum(num_kept), H, D]`` of all layers, with what was merged into them."""
+        pool = self._pool
+        if policy.merge == "similar":
+            layers = zip(pool.k_buffer, pool.v_buffer, selection.kept, strict=True)
+            merged = [merge(policy, keys[slots], values[slots], kept) for keys, values, kept in layers]
+            return torch.cat([torch.stack(both) for both in merged], dim=1)
+        return gather_rows(
+            pool.k_cells,
+            pool.v_cells,
+            slots,
+            torch.cat(selection.kept, dim=1),
+            selection.num_kept,
+            pool.cells_per_layer,
+            merge=policy.merge == "bucket_mean",
+            sink_tokens=policy.sink_tokens,
+        )
 
     def _place(self, item: Gathered) -> bool:
         """Moves the kept rows to slots of their own, or to those of a twin that holds the same;
@@ -197,11 +205,13 @@ class Compactor:
             tree.unlock(lock)
             return False
         packed, newest, tail = slots.split([num_packed, max(sliding), num_tail])
-        for layer in range(pool.layer_num):
+        if slides:
             # Rows that slide lie like tokens, one slot for the same row of every layer.
-            at = newest[max(sliding) - sliding[layer] :] + layer * pool.cells_per_layer
-            scatter_rows(pool.k_cells, at, item.keys[layer][num_fixed[layer] :])
-            scatter_rows(pool.v_cells, at, item.values[layer][num_fixed[layer] :])
+            at = [newest[max(sliding) - count :] for count in sliding]
+            at = torch.cat([slots + layer * pool.cells_per_layer for layer, slots in enumerate(at)])
+            layers = zip(item.rows.split(num_kept, dim=1), num_fixed, strict=True)
+            rows = torch.cat([layer[:, fixed:] for layer, fixed in layers], dim=1)
+            scatter_rows(pool.k_cells, pool.v_cells, at, rows)
         pool.storage[:, :, tail] = item.tail.transpose(0, 1)
         pool.tags[packed] = pool.tags[newest] = Modality.MERGED
         pool.tags[tail] = Modality.TEXT
@@ -269,9 +279,11 @@ class Compactor:
         """Puts the rows that never slide into ``slots``, which become the twin's."""
         pool = self._pool
         twin.slots, twin.cells = slots, pool.packed_cells(slots, twin.num_rows)
-        for layer, at in enumerate(twin.cells):
-            scatter_rows(pool.k_cells, at, item.keys[layer][: len(at)])
-            scatter_rows(pool.v_cells, at, item.values[layer][: len(at)])
+        rows, num_kept = item.rows, item.selection.num_kept
+        if twin.num_rows != num_kept:
+            layers = zip(rows.split(num_kept, dim=1), twin.num_rows, strict=True)
+            rows = torch.cat([layer[:, :fixed] for layer, fixed in layers], dim=1)
+        scatter_rows(pool.k_cells, pool.v_cells, torch.cat(twin.cells), rows)
 
     def _retract(self, scheduler: Scheduler, batch: ScheduleBatch, reqs: list[Req]) -> None:
         logger.warning(
@@ -285,3 +297,14 @@ class Compactor:
             batch.release_req(index, len(batch.reqs) - 1)
             batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i != index])
             scheduler._add_request_to_queue(req, is_retracted=True)
+
+
+def _counted(scores: LayerScores) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's zeros and entries ``[2]`` and its profile, int64, where its scores are."""
+    device = scores.scores.device
+    counts = [
+        x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64, device=device)
+        for x in (scores.zeros, scores.entries)
+    ]
+    none = torch.empty(0, dtype=torch.int64, device=device)  # a float here would round all counts
+    return torch.stack(counts), none if scores.profile is None else scores.profile.to(device)

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sglang_vlkv.base import Policy
+from sglang_vlkv.kernels.compaction import gather_rows
 
 TILE_ELEMENTS = 1 << 22  # float32 similarities alive at once: 16 MiB
 
@@ -25,35 +26,15 @@ def merge(
         K and V ``[num_kept, H, D]`` in their dtypes; means are taken in float32.
     """
     n = len(k)
+    if policy.merge == "bucket_mean":
+        positions = torch.arange(n, device=k.device)
+        rows = gather_rows(k, v, positions, kept, [kept.shape[1]], 0, True, policy.sink_tokens)
+        return rows[0], rows[1]
     closed = (kept < policy.sink_tokens) | (kept == n - 1)
-    find = {"bucket_mean": nearest_by_position, "similar": nearest_by_key}[policy.merge]
-    bucket = find(k, kept, closed, policy.merge_threshold)
+    bucket = nearest_by_key(k, kept, closed, policy.merge_threshold)
     own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     bucket.scatter_(1, kept, own)
     return bucket_means(k, bucket, kept.shape[1]), bucket_means(v, bucket, kept.shape[1])
-
-
-def nearest_by_position(
-    k: torch.Tensor, kept: torch.Tensor, closed: torch.Tensor, _threshold: float = 0.0
-) -> torch.Tensor:
-    """For every position, the kept row nearest to it, an exact midpoint to the lower one.
-
-    Elastic Cache's buckets (arXiv 2407.18121).
-
-    Args:
-        kept: ``[H, num_kept]`` ascending.
-        closed: ``[H, num_kept]`` bool: rows that take nothing in; what is nearest to them is lost.
-
-    Returns:
-        ``[H, n]`` int64 numbers of kept rows, -1 where the row is lost.
-    """
-    positions = torch.arange(len(k), device=kept.device).repeat(len(kept), 1)
-    right = torch.searchsorted(kept, positions).clamp_max(kept.shape[1] - 1)
-    left = (right - 1).clamp_min(0)
-    from_left = (positions - kept.gather(1, left)).abs()
-    from_right = (positions - kept.gather(1, right)).abs()
-    nearest = torch.where(from_left <= from_right, left, right)
-    return nearest.masked_fill(closed.gather(1, nearest), -1)
 
 
 def nearest_by_key(
@@ -65,6 +46,8 @@ def nearest_by_key(
 
     Args:
         k: ``[n, H, D]``.
+        kept: ``[H, num_kept]`` ascending.
+        closed: ``[H, num_kept]`` bool: rows that take nothing in.
         threshold: rows whose best similarity is below it are lost.
 
     Returns:

@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import walk_packages
 
+import numpy as np
+
 os.environ["TRITON_INTERPRET"] = "1"
 if find_spec("triton"):
     import_module("triton.experimental.gluon")  # which Triton imports at a first launch
@@ -17,4 +19,21 @@ for package in ("sglang_vlkv.kernels", "flashinfer_ext"):
     if find_spec(package):
         for module in walk_packages(import_module(package).__path__, f"{package}."):
             import_module(module.name)
+import_module("triton.experimental.gluon")  # which the interpreter imports at the first launch
 del os.environ["TRITON_INTERPRET"]
+
+language, interpreter = import_module("triton.language"), import_module("triton.runtime.interpreter")
+multiply = interpreter.InterpreterBuilder.create_dot
+
+
+def create_dot(self, a, b, *rest):
+    """The interpreter keeps bfloat16 in integers of 16 bits, and would multiply those."""
+    return multiply(self, *(as_float32(x) if x.dtype.scalar == language.bfloat16 else x for x in (a, b)), *rest)
+
+
+def as_float32(x):
+    values = (x.data.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(values, language.float32)
+
+
+interpreter.InterpreterBuilder.create_dot = create_dot

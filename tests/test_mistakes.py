@@ -143,8 +143,8 @@ def test_7_kept_keys_keep_their_positions():
     """What a later query sees of a kept key is what it would have seen of it in the full prompt."""
     case = make_case(3, [(S, 2), (P, 41), (T, 20)], HEADS, 2, 32, Rotary(32, (0,) * 16))
     kept = selected(Uniform(budget=0.3), case).kept[0]
-    keys = gather_rows(case.k[0], kept)
     rope, num_kept = rope_of(case.rope), kept.shape[1]
+    keys, _ = gather_rows(case.k[0], case.v[0], torch.arange(N), kept, [num_kept], 0)
 
     def erroneous() -> torch.Tensor:
         rows = []

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_vlkv.base import Layer, LayerScores, Modality, Policy, Prompt, Selection, num_tokens
+from sglang_vlkv.base import Layer, LayerScores, Modality, Policy, Prompt, Rows, Selection, num_tokens
 from sglang_vlkv.kernels.post_vision.cpu import TILE_ELEMENTS
 from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.vlcache import VLCache
@@ -132,8 +132,8 @@ def layer_of(case: Case, index: int, start: int, end: int) -> Layer:
     return Layer(
         prompt=prompt_of(case),
         q=case.q[index, start:end],
-        k=case.k[index, :end],
-        values=lambda: case.v[index, :end],
+        keys=Rows(case.k[index, :end]),
+        values=Rows(case.v[index, :end]),
         scale=case.scale,
         index=index,
         rope=rope_of(case.rope),

@@ -174,13 +174,12 @@ def test_packed_rows_come_back_and_no_other_slot_is_touched(pool):
         pool.storage.fill_(torch.nan)
         cells = pool.packed_cells(slots, num_kept)
         rows = [torch.randn(k, HEADS, DIM).to(pool.dtype) for k in num_kept]
+        both = torch.cat(rows)
+        scatter_rows(pool.k_cells, pool.v_cells, torch.cat(cells), torch.stack([both, -both]))
         for at, layer_rows in zip(cells, rows):
-            scatter_rows(pool.k_cells, at, layer_rows)
-            scatter_rows(pool.v_cells, at, -layer_rows)
-        for at, layer_rows in zip(cells, rows):
-            ids = at.long().expand(HEADS, -1)
-            assert torch.equal(gather_rows(pool.k_cells, ids), layer_rows)
-            assert torch.equal(gather_rows(pool.v_cells, ids), -layer_rows)
+            everything = torch.arange(len(at)).expand(HEADS, -1)
+            read = gather_rows(pool.k_cells, pool.v_cells, at, everything, [len(at)], 0)
+            assert torch.equal(read, torch.stack([layer_rows, -layer_rows]))
         others = torch.ones(SIZE + 1, dtype=torch.bool).index_fill(0, slots, False)
         assert pool.storage[:, :, others].isnan().all()
         assert int((~pool.storage.isnan()).sum()) == 2 * sum(num_kept) * HEADS * DIM

@@ -10,7 +10,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_vlkv.attention.rotary import find_rope
-from sglang_vlkv.base import Layer, Modality
+from sglang_vlkv.base import Layer, Modality, Rows
 from sglang_vlkv.kernels.ragged_attention import causal_extend, ragged_decode
 from sglang_vlkv.requests import RequestState
 
@@ -225,8 +225,8 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             prompt_layer = Layer(
                 prompt=state.plan.prompt,
                 q=q[chunk.queries],
-                k=keys[chunk.slots],
-                values=lambda slots=chunk.slots: values[slots],
+                keys=Rows(keys, chunk.slots),
+                values=Rows(values, chunk.slots),
                 scale=layer.scaling,
                 index=index,
                 rope=self.rope,

@@ -9,8 +9,8 @@ import torch
 
 from sglang_vlkv.base import Layer, LayerScores, Policy, require, text_stays
 from sglang_vlkv.budgets import proportional
-from sglang_vlkv.kernels.post_vision import post_vision_scores
 from sglang_vlkv.policies.prefixkv import importance_profile
+from sglang_vlkv.policies.votes import scored
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class AirCache(Policy):
         require(0 <= self.elite <= 1, "elite", self.elite, "in [0, 1]")
 
     def score(self, layer: Layer) -> LayerScores:
-        num_keys, num_rows = len(layer.k), len(layer.q)
-        last = post_vision_scores(layer.q[-1:], layer.k, layer.scale)
+        num_keys, num_rows = layer.num_keys, len(layer.q)
+        last = scored(layer, layer.q[-1:])
         received = last.scores[:, num_keys - num_rows :].sum(0)
         chosen = (received >= self.elite * received.max()).nonzero().flatten()
         rows = chosen + num_keys - num_rows
-        votes = post_vision_scores(layer.q[chosen], layer.k, layer.scale, rows=rows)
+        votes = scored(layer, layer.q[chosen], rows=rows)
         visual = votes.scores[:, layer.prompt.visual.to(votes.scores.device)] / len(chosen)
         return votes._replace(profile=importance_profile(visual))
 

@@ -56,7 +56,7 @@ class Expected(Policy):
         return True
 
     def observe(self, seen: QueryMoments | None, layer: Layer) -> QueryMoments:
-        end = len(layer.k)
+        end = layer.num_keys
         q = layer.rope.unrotate(layer.q, layer.positions(end - len(layer.q), end)).double()
         q = q[max(0, self.sink_tokens - (end - len(layer.q))) :]  # sinks have odd queries
         new = QueryMoments(len(q), q.sum(0), torch.einsum("nhd,nhe->hde", q, q))
@@ -89,7 +89,7 @@ class Expected(Policy):
 
     def _mean_rotation(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[1, lanes]`` averaged over the next positions."""
-        last = layer.positions(len(layer.k) - 1, len(layer.k)).max()
+        last = layer.positions(layer.num_keys - 1, layer.num_keys).max()
         limit = len(layer.rope.cos_sin)
         ahead = (last + torch.arange(1, self.future + 1, device=last.device)).clamp(max=limit - 1)
         axes = 1 if layer.rope.axes is None else 3

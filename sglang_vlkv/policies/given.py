@@ -50,8 +50,8 @@ class Given(Policy):
             yield self._named(prompt), 1.0
 
     def score(self, layer: Layer) -> LayerScores:
-        num_keys, num_heads, _ = layer.k.shape
+        num_keys, num_heads = layer.num_keys, layer.num_kv_heads
         score = torch.arange(num_keys, dtype=torch.float32)
         if not self.keep:
             score[self._named(layer.prompt)] = -1.0
-        return LayerScores(score.to(layer.k.device).expand(num_heads, -1))
+        return LayerScores(score.to(layer.device).expand(num_heads, -1))

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from sglang_vlkv.base import Layer, LayerScores, Policy, choice
-from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.policies.votes import scored
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ColumnSums(Policy):
         return self.importance != "window"
 
     def observe(self, seen: LayerScores | None, layer: Layer) -> LayerScores:
-        chunk = post_vision_scores(layer.q, layer.k, layer.scale)
+        chunk = scored(layer, layer.q)
         if seen is None:
             return chunk
         grown = pad(seen.scores, (0, chunk.scores.shape[1] - seen.scores.shape[1]))
@@ -39,11 +39,11 @@ class ColumnSums(Policy):
 
     def score(self, layer: Layer) -> LayerScores:
         if not self.observes:
-            return post_vision_scores(layer.q, layer.k, layer.scale)
+            return scored(layer, layer.q)
         sums: LayerScores = layer.seen
         if self.importance == "prompt":
             return sums
-        rows = torch.arange(len(layer.k), 0, -1, device=sums.scores.device)
+        rows = torch.arange(layer.num_keys, 0, -1, device=sums.scores.device)
         return sums._replace(scores=sums.scores / rows)
 
 

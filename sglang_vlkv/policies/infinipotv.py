@@ -56,13 +56,13 @@ class InfiniPotV(Policy):
         _, sizes = layer.prompt.positions[0, video].unique_consecutive(return_counts=True)
         if len(sizes) < 2 or len(sizes.unique()) > 1:
             return None
-        num_frames, video = len(sizes), video.to(layer.k.device)
+        num_frames, video = len(sizes), video.to(layer.device)
         keys = normalize(layer.k[video].float().transpose(0, 1), dim=-1)  # [H, tokens, D]
         frames = keys.unflatten(1, (num_frames, -1))  # [H, frames, places, D]
         num_recent = max(1, int(self.recent_frames * num_frames))
         recent = frames[:, num_frames - num_recent :].mean(1, keepdim=True)
         difference = -(frames * recent).sum(-1)  # minus the mean cosine, in [-1, 1]
         difference[:, num_frames - num_recent :] = 1.0
-        scores = torch.full((len(keys), len(layer.k)), -torch.inf, device=layer.k.device)
+        scores = torch.full((len(keys), layer.num_keys), -torch.inf, device=layer.device)
         scores[:, video] = difference.flatten(1)
         return scores

@@ -19,5 +19,5 @@ class KeepAll(Policy):
     budget: float = 1.0
 
     def score(self, layer: Layer) -> LayerScores:
-        num_keys, num_heads, _ = layer.k.shape
-        return LayerScores(torch.zeros(num_heads, num_keys, device=layer.k.device))
+        num_keys, num_heads = layer.num_keys, layer.num_kv_heads
+        return LayerScores(torch.zeros(num_heads, num_keys, device=layer.device))

@@ -23,7 +23,7 @@ class Random(Policy):
     seed: int = 0
 
     def score(self, layer: Layer) -> LayerScores:
-        num_keys, num_heads, _ = layer.k.shape
+        num_keys, num_heads = layer.num_keys, layer.num_kv_heads
         generator = torch.Generator().manual_seed(65_537 * self.seed + layer.index)
         noise = torch.rand(num_heads, num_keys, generator=generator)
-        return LayerScores(noise.to(layer.k.device))
+        return LayerScores(noise.to(layer.device))

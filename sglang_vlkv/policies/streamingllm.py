@@ -22,6 +22,6 @@ class StreamingLLM(Policy):
     sink_tokens: int = 4
 
     def score(self, layer: Layer) -> LayerScores:
-        num_keys, num_heads, _ = layer.k.shape
-        position = torch.arange(num_keys, dtype=torch.float32, device=layer.k.device)
+        num_keys, num_heads = layer.num_keys, layer.num_kv_heads
+        position = torch.arange(num_keys, dtype=torch.float32, device=layer.device)
         return LayerScores(position.expand(num_heads, -1))

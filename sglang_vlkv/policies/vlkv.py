@@ -78,7 +78,7 @@ class VLKV(Policy):
 
     def outlyingness(self, layer: Layer, visual: torch.Tensor) -> torch.Tensor:
         """Squared Mahalanobis distances among the keys at ``visual`` ``[m]``, ``[Hkv, m]``."""
-        positions = layer.positions(0, len(layer.k))[:, visual]
+        positions = layer.positions(0, layer.num_keys)[:, visual]
         keys = layer.rope.unrotate(layer.k[visual], positions).transpose(0, 1)  # [Hkv, m, D]
         keys = keys - keys.mean(1, keepdim=True)
         covariance = keys.mT @ keys / keys.shape[1]

@@ -8,15 +8,23 @@ from sglang_vlkv.base import Layer, LayerScores
 from sglang_vlkv.kernels.post_vision import post_vision_scores
 
 
+def scored(
+    layer: Layer, q: torch.Tensor, p: float = 0.01, reduce: str = "sum", rows: torch.Tensor | None = None
+) -> LayerScores:
+    """:func:`post_vision_scores` of the queries ``q`` over the layer's keys, wherever they lie."""
+    keys = layer.scored_keys
+    return post_vision_scores(q, keys.buffer, layer.scale, p, reduce, rows, keys.slots)
+
+
 def votes(layer: Layer, p: float = 0.01, reduce: str = "sum") -> LayerScores:
-    """:func:`post_vision_scores` of the voting rows, and of drafted queries over the whole prompt.
+    """:func:`scored` of the voting rows, and of drafted queries over the whole prompt.
 
     Drafted rows change the scores only; sparsity is measured on the voting rows.
     """
-    own = post_vision_scores(layer.q, layer.k, layer.scale, p, reduce)
+    own = scored(layer, layer.q, p, reduce)
     if layer.draft is None or not len(layer.draft):
         return own
-    last = torch.full((len(layer.draft),), len(layer.k) - 1, device=layer.k.device)
-    drafted = post_vision_scores(layer.draft, layer.k, layer.scale, p, reduce, rows=last)
+    last = torch.full((len(layer.draft),), layer.num_keys - 1, device=layer.device)
+    drafted = scored(layer, layer.draft, p, reduce, rows=last)
     both = torch.add if reduce == "sum" else torch.maximum
     return own._replace(scores=both(own.scores, drafted.scores))

@@ -14,8 +14,11 @@ def post_vision_scores(
     p: float = 0.01,
     reduce: str = "sum",
     rows: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
 ) -> LayerScores:
     """See the CPU version."""
+    if slots is not None:
+        k = torch.stack([k[slot] for slot in slots.tolist()])
     num_rows, num_q_heads, _ = q.shape
     num_keys, num_kv_heads, _ = k.shape
     group = num_q_heads // num_kv_heads
@@ -31,3 +34,30 @@ def post_vision_scores(
             zeros += int((attention < p * attention.max()).sum())
             entries += visible
     return LayerScores(scores, zeros, entries)
+
+
+def post_vision_scores_ragged(
+    q: torch.Tensor,
+    k_buffer: torch.Tensor,
+    q_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    slots: torch.Tensor | None,
+    rows: torch.Tensor,
+    scale: float,
+    p: float,
+    reduce: str,
+    max_q_len: int,
+    max_kv_len: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the CPU version."""
+    scores, zeros = [], []
+    for request in range(len(q_indptr) - 1):
+        voting = range(q_indptr[request], q_indptr[request + 1])
+        keys = range(kv_indptr[request], kv_indptr[request + 1])
+        assert len(voting) <= max_q_len and len(keys) <= max_kv_len
+        cells = torch.tensor([j if slots is None else int(slots[j]) for j in keys])
+        queries, positions = q[voting.start : voting.stop], rows[voting.start : voting.stop]
+        one = post_vision_scores(queries, k_buffer, scale, p, reduce, positions, cells)
+        scores.append(one.scores)
+        zeros.append(one.zeros)
+    return torch.cat(scores, dim=1), torch.tensor(zeros)
