@@ -73,7 +73,7 @@ def _case(
 
     ours = Ours(residents, clock)
     names = {OURS: ours}
-    if engines.have_flashinfer_ext(clock) is None:
+    if engines.have_flashinfer_ext(clock) is None and clock.flashinfer_is_compiled:
         names[OURS_FLASHINFER] = Ours(residents, clock, flashinfer=True)
     ours.build(0)
     lists = []

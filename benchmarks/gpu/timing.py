@@ -46,9 +46,14 @@ class Timing(NamedTuple):
 
 
 class Clock:
-    """Times work on a CUDA device with its own events."""
+    """Times work on a CUDA device with its own events.
+
+    Attributes:
+        flashinfer_is_compiled: it has run in this process; until then it may compile for a minute.
+    """
 
     rehearsal = False
+    flashinfer_is_compiled = False
 
     def __init__(self) -> None:
         self.device = torch.device("cuda")
