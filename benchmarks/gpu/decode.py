@@ -88,6 +88,8 @@ def _case(
         for name, engine in engines.stock_engines(clock).items():
             if isinstance(engine, str):
                 part.skip(f"{case}: {name}", engine)
+            elif name == engines.FLASHINFER and not clock.flashinfer_is_compiled:
+                part.skip(f"{case}: {name}", "FlashInfer was not compiled in the correctness part")
             elif name == engines.SDPA and len(set(batch.lengths)) > 1:
                 part.skip(f"{case}: {name}", "requests of different lengths are not one tensor")
             else:

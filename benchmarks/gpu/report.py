@@ -92,6 +92,8 @@ def _cells(row: dict, refused: str | None, rehearsal: bool) -> list[str]:
     }
     for name, wanted in wants.items():
         cells.append("" if not wanted else refused or (shown[name]() if name in derived else ""))
+    if "paper_speedup" in row:
+        cells[-2] += f" (paper {row['paper_speedup']:.2f}x)"
     return cells
 
 
@@ -125,7 +127,5 @@ def markdown(record: dict) -> str:
         lines += [*(f"{note}." for note in part["notes"]), ""]
         if part["rows"]:
             lines.append(table(HEADER, [_cells(row, refused, rehearsal) for row in part["rows"]]))
-        for title, header, body in part.get("tables", []):
-            lines += ["", title, "", table(header, body, 1)]
         lines += ["", *(f"- Skipped: {what}" for what in part["skipped"])]
     return "\n".join(lines) + "\n"
