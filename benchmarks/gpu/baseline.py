@@ -140,9 +140,9 @@ class DynamicCache:
         layers, length = len(self.kv), self.kv[0][0].shape[2]
         scores, density = [], []
         for (k, _), q in zip(self.kv, self.voters, strict=True):
-            of_layer = [self._score(one_q, one_k) for one_q, one_k in zip(q, k, strict=True)]
-            scores.append(torch.stack([s for s, _ in of_layer]))
-            density.append(torch.stack([d for _, d in of_layer]).mean())
+            of_layer, dense = self._score(q, k)
+            scores.append(of_layer)
+            density.append(dense)
         total = round(alpha * length * layers)
         budgets = proportional(torch.stack(density).tolist(), total, length)
         small = DynamicCache(self.model, self.num_voting)
@@ -153,13 +153,13 @@ class DynamicCache:
         return small
 
     def _score(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One request's scores ``[Hkv, n]`` and its fraction of entries of 1 % of their row's maximum."""
-        rows, _, dim = q.shape
-        num_kv_heads, length, _ = k.shape
-        tile = q.view(rows, num_kv_heads, -1, dim).transpose(0, 1).flatten(1, 2)
-        logits = (tile @ k.mT * self.model.scale).float()  # [Hkv, R * G, n]
+        """Scores ``[B, Hkv, n]`` and the fraction of entries of 1 % of their row's maximum or more."""
+        size, rows, _, dim = q.shape
+        num_kv_heads, length = k.shape[1:3]
+        tile = q.view(size, rows, num_kv_heads, -1, dim).transpose(1, 2).flatten(2, 3)
+        logits = (tile @ k.mT * self.model.scale).float()  # [B, Hkv, R * G, n]
         future = torch.arange(length, device=q.device) > torch.arange(length - rows, length, device=q.device)[:, None]
-        logits.masked_fill_(future.repeat_interleave(tile.shape[1] // rows, 0), -torch.inf)
+        logits.masked_fill_(future.repeat_interleave(tile.shape[2] // rows, 0), -torch.inf)
         attention = logits.softmax(-1)
         dense = (attention >= 0.01 * attention.amax(-1, keepdim=True)).float().mean()
-        return attention.sum(1), dense
+        return attention.sum(2), dense

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.baseline import Decoder
-from benchmarks.gpu.correctness import attempt, kernel
+from benchmarks.gpu.correctness import kernel
 from benchmarks.gpu.pool import Pool
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.shapes import ALPHA, Model, kept_rows, models
@@ -28,7 +28,7 @@ def run(part: Part, clock: Clock) -> None:
             name = f"{model.name}, {length} tokens"
             seconds = 2 + 10 * (length / 131072) ** 2
             if part.has(seconds, name):
-                attempt(part, name, _case, clock, model, length)
+                part.attempt(name, _case, clock, model, length)
             clock.free_bytes()
 
 
@@ -112,5 +112,5 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, clock
     """Causal SDPA with grouped heads; FlashAttention's backend on a GPU."""
     if clock.rehearsal:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

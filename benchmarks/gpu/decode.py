@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.gpu import engines
 from benchmarks.gpu.ceilings import gather_read, sums_for
-from benchmarks.gpu.correctness import attention_sample, attempt
+from benchmarks.gpu.correctness import attention_sample
 from benchmarks.gpu.engines import OURS, OURS_FLASHINFER, Decode, Ours
 from benchmarks.gpu.pool import OWN, Pool, Residents, sets_for, slots_needed
 from benchmarks.gpu.record import Part
@@ -52,7 +52,7 @@ def _model(part: Part, clock: Clock, model: Model) -> None:
             if slots_needed(model, batch, alpha) >= rows:
                 part.skip(name, f"its KV does not fit beside a pool of {rows} tokens")
             elif part.has(SECONDS_PER_CASE, name):
-                attempt(part, name, _case, clock, pool, batch, alpha, uneven, full)
+                part.attempt(name, _case, clock, pool, batch, alpha, uneven, full)
 
 
 def _case(
@@ -93,11 +93,11 @@ def _case(
             elif name == engines.SDPA and len(set(batch.lengths)) > 1:
                 part.skip(f"{case}: {name}", "requests of different lengths are not one tensor")
             else:
-                attempt(part, f"{case}: {name}", _stock, clock, case, name, engine, residents, about)
+                part.attempt(f"{case}: {name}", _stock, clock, case, name, engine, residents, about)
     for name, engine in names.items():
         if alpha == 1:
             full[name] = case
-        attempt(part, f"{case}: {name}", _ours, clock, case, name, engine, about, lists, full.get(name))
+        part.attempt(f"{case}: {name}", _ours, clock, case, name, engine, about, lists, full.get(name))
 
 
 def _ours(

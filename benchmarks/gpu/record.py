@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Part:
     Attributes:
         rows: dictionaries of ``case``, ``row``, ``timing``, what it moved, and what it is held against.
         checks: dictionaries of ``name``, ``ok`` and the errors behind it.
+        broken: what broke off, with its traceback.
         skipped: sentences.
     """
 
@@ -44,6 +46,7 @@ class Part:
         self.name, self.deadline, self._save = name, deadline, save
         self.rows: list[dict] = []
         self.checks: list[dict] = []
+        self.broken: list[dict] = []
         self.skipped: list[str] = []
         self.notes: list[str] = []
         self.extra: dict = {}
@@ -87,6 +90,18 @@ class Part:
         print(f"  skipped {what}: {why}", flush=True)
         self._save()
 
+    def attempt(self, what: str, work, *arguments) -> None:
+        """Runs ``work(self, *arguments)``; what breaks off, for want of memory say, costs nobody else's time.
+
+        It is reported, and the run ends with 1, but it says nothing about any kernel's results.
+        """
+        try:
+            work(self, *arguments)
+        except Exception:
+            self.broken.append({"what": what, "traceback": traceback.format_exc()[-3000:]})
+            print(f"  BROKE OFF: {what}: {self.broken[-1]['traceback']}", flush=True)
+            self._save()
+
     def has(self, seconds: float, what: str) -> bool:
         """Whether ``seconds`` are left for ``what``; says so where they are not."""
         if (left := self.deadline.left()) >= seconds:
@@ -99,6 +114,7 @@ class Part:
             "seconds": round(self.seconds, 1),
             "rows": self.rows,
             "checks": self.checks,
+            "broken": self.broken,
             "skipped": self.skipped,
             "notes": self.notes,
         } | self.extra

@@ -21,9 +21,14 @@ def checks(record: dict) -> Iterator[dict]:
 
 
 def failed(record: dict) -> list[str]:
-    """Names of the checks that failed, and of the parts that broke off."""
-    broken = [f"{name} broke off" for name, part in record["parts"].items() if "traceback" in part]
-    return [check["name"] for check in checks(record) if not check["ok"]] + broken
+    """Names of the checks that failed; correctness that broke off has failed."""
+    missing = [f"{what} broke off" for name, what in broken(record) if name == "correctness"]
+    return [check["name"] for check in checks(record) if not check["ok"]] + missing
+
+
+def broken(record: dict) -> list[tuple[str, str]]:
+    """Part and name of what broke off."""
+    return [(name, one["what"]) for name, part in record["parts"].items() for one in part["broken"]]
 
 
 def why_no_ratios(record: dict) -> str | None:
@@ -122,10 +127,10 @@ def markdown(record: dict) -> str:
     lines += ["", "Times are of one call. Spread: how far the medians of two batches of repeats are apart."]
     for name, part in record["parts"].items():
         lines += ["", f"## {name} ({part['seconds']} s)", ""]
-        if "traceback" in part:
-            lines += ["```", part["traceback"], "```", ""]
         lines += [*(f"{note}." for note in part["notes"]), ""]
         if part["rows"]:
             lines.append(table(HEADER, [_cells(row, refused, rehearsal) for row in part["rows"]]))
         lines += ["", *(f"- Skipped: {what}" for what in part["skipped"])]
+        for one in part["broken"]:
+            lines += [f"- BROKE OFF: {one['what']}: {one['traceback'].strip().splitlines()[-1]}"]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
 
 # Part, and its share of the run's seconds. What a part leaves goes to those after it; correctness
@@ -84,11 +83,8 @@ class Run:
             self.save()
 
     def _run(self, part) -> None:
-        try:
-            importlib.import_module(f"benchmarks.gpu.{part.name}").run(part, self.clock)
-        except Exception:  # the other parts are still worth their time; a part that broke off is a failure
-            part.extra["traceback"] = traceback.format_exc()[-4000:]
-            print(part.extra["traceback"], flush=True)
+        module = importlib.import_module(f"benchmarks.gpu.{part.name}")
+        part.attempt(part.name, module.run, self.clock)  # the other parts are still worth their time
 
     _saved = 0.0
 
@@ -115,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import torch
 
-    from benchmarks.gpu.report import failed, markdown
+    from benchmarks.gpu.report import broken, failed, markdown
     from benchmarks.gpu.timing import Clock, Rehearsal
 
     if not args.rehearse and not torch.cuda.is_available():
@@ -133,8 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     print(text)
     if not args.rehearse:
         print(f"{out / 'gpu.json'}\n{out / 'gpu.md'}")
-    if wrong := failed(run.record):
-        print(f"{len(wrong)} checks failed", file=sys.stderr)
+    wrong, ended = failed(run.record), broken(run.record)
+    if wrong or ended:
+        print(f"{len(wrong)} checks failed, {len(ended)} things broke off", file=sys.stderr)
         return 1
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -67,6 +68,7 @@ class Clock:
 
     def free_bytes(self) -> int:
         """What may still be allocated, what the caching allocator holds included."""
+        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
