@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from benchmarks.gpu import correctness, paper, record, report, run, serving, whe
 from benchmarks.gpu.pool import Pool, Residents, sets_for
 from benchmarks.gpu.record import Deadline, Part
 from benchmarks.gpu.shapes import MISTRAL, QWEN, TOY_QWEN, UNEVEN, Batch, batches, kept_rows
-from benchmarks.gpu.timing import Rehearsal, Timing
+from benchmarks.gpu.timing import Clock, Rehearsal, Timing
 
 CLOCK = Rehearsal()
 
@@ -82,6 +84,7 @@ def test_ratios_and_roofline(checked):
     derived = found["parts"]["decode"]["rows"][1]["derived"]
     assert derived["speedup"] == 2.0 and derived["share"] == 0.5
     assert derived["of_ceiling"] == 0.25 and derived["moved_per_s"] == 100
+    assert "2.00x vs base" in report.brief(found)
     assert "2.00x vs base" in text and "50.0 % of base" in text and "25 %" in text
 
 
@@ -212,6 +215,55 @@ def test_percentiles_and_spread():
     assert timing.samples == 6 and timing.spread == pytest.approx(1.5)
     assert Timing.of([1.0]).spread is None
     assert timing.scaled(2).p80 == pytest.approx(10.0)
+
+
+def test_the_clock_on_a_stand_in_for_cuda(monkeypatch):
+    """Each batch is queued behind a wait, works rotate, and a graph replays what it captured."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(calls)
+
+        def elapsed_time(self, end) -> float:
+            return float(end.at - self.at)
+
+    class Stream(nullcontext):
+        def wait_stream(self, other) -> None:
+            pass
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    properties = SimpleNamespace(L2_cache_size=1 << 20, multi_processor_count=132)
+    stand_ins = {
+        "get_device_properties": lambda device: properties,
+        "synchronize": lambda: None,
+        "Event": Event,
+        "_sleep": lambda cycles: calls.append("wait"),
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: stream,
+        "CUDAGraph": CUDAGraph,
+        "graph": lambda graph: nullcontext(),
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (7, 8),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    clock = Clock()
+    assert (clock.l2_bytes, clock.num_sms, clock.free_bytes()) == (1 << 20, 132, 7)
+    clock.capture(lambda: calls.append("work"), times=3)()
+    assert calls == ["work"] * 5 + ["replay"]  # twice to warm up, three times captured
+    calls.clear()
+    timing = clock.measure(lambda: calls.append("a"), lambda: calls.append("b"), per=10, seconds=0.0)
+    assert timing.p50 == pytest.approx(1e-4) and timing.spread == 0.0
+    batch = ["wait", "a", "b", "a", "b", "a"]
+    assert calls == ["a", "b", "a", *batch, *batch] and timing.samples == 10
 
 
 def test_bytes_of_a_step():

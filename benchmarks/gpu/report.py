@@ -102,6 +102,20 @@ def _cells(row: dict, refused: str | None, rehearsal: bool) -> list[str]:
     return cells
 
 
+def brief(record: dict) -> str:
+    """What ends up on a terminal: every row that has a speedup, or did before it was refused."""
+    derive(record)
+    lines = []
+    for name, part in record["parts"].items():
+        rows = [row for row in part["rows"] if "versus" in row or "versus_best_of" in row or name == "ceilings"]
+        for cells in (_cells(row, why_no_ratios(record), record["context"]["rehearsal"]) for row in rows):
+            lines.append(" | ".join([name, cells[0], cells[1], f"{cells[3]} ms", *filter(None, cells[6:9])]))
+        lines += [f"{name}: {len(part['skipped'])} skipped"] * bool(part["skipped"])
+        lines += [f"{name}: BROKE OFF: {one['what']}" for one in part["broken"]]
+    lines += [f"WRONG: {name}" for name in failed(record)[:20]]
+    return "\n".join(lines)
+
+
 HEADER = ["case", "row", "ms p20", "p50", "p80", "spread", "rate", "of ceiling", "speedup", "share"]
 
 

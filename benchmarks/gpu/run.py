@@ -51,7 +51,7 @@ class Run:
         self.wanted = [name for name in PARTS if name in (*ALWAYS, *args.parts)]
         self.deadline = Deadline(args.seconds)
         self.record = {
-            "command": " ".join(sys.argv[:1] + (sys.argv[1:] if args else [])),
+            "arguments": {name: str(value) for name, value in vars(args).items()},
             "context": context(clock),
             "parts": {},
         }
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import torch
 
-    from benchmarks.gpu.report import broken, failed, markdown
+    from benchmarks.gpu.report import brief, broken, failed, markdown
     from benchmarks.gpu.timing import Clock, Rehearsal
 
     if not args.rehearse and not torch.cuda.is_available():
@@ -125,9 +125,10 @@ def main(argv: list[str] | None = None) -> int:
         watchdog.start()
         run.go()
         watchdog.cancel()
-    text = markdown(run.record)
-    print(text)
-    if not args.rehearse:
+    if args.rehearse:
+        print(markdown(run.record))
+    else:
+        print(brief(run.record))
         print(f"{out / 'gpu.json'}\n{out / 'gpu.md'}")
     wrong, ended = failed(run.record), broken(run.record)
     if wrong or ended:

@@ -14,6 +14,10 @@ from benchmarks.gpu.record import Part, importable
 from benchmarks.gpu.shapes import ALPHA, QWEN, TOY_QWEN, Model
 from benchmarks.gpu.timing import Clock, Timing
 
+WITHOUT_SGLANG = (
+    "SGLang is not importable; it needs torch 2.14.1 and sglang-kernel 0.4.10, which "
+    "`python -m benchmarks.gpu.wheelhouse sglang` bundles"
+)
 STOCK, OURS = "stock", f"ours, vlcache {ALPHA}"
 QUESTION = "What stands to the left of the largest object, and which colour does it have?"
 SECONDS_PER_SERVER = 150  # to start one, with its CUDA graphs, and to serve the burst twice
@@ -52,26 +56,15 @@ def checkpoint(folder: Path, model: Model) -> None:
     )
 
 
-def why_not(clock: Clock) -> str | None:
-    if not importable("sglang"):
-        return (
-            "SGLang is not importable; it needs torch 2.14.1 and sglang-kernel 0.4.10, which "
-            "`python -m benchmarks.gpu.wheelhouse sglang` bundles"
-        )
-    return "no servers are started in a rehearsal" if clock.rehearsal else None
-
-
 def run(part: Part, clock: Clock) -> None:
+    if not importable("sglang"):
+        part.skip("serving", WITHOUT_SGLANG)
+        return
     with tempfile.TemporaryDirectory(prefix="gpu-serving-") as folder:
         model = TOY_QWEN if clock.rehearsal else QWEN
-        if importable("tokenizers") and importable("safetensors"):
-            try:
-                checkpoint(Path(folder), model._replace(hidden=model.q_heads * model.head_dim))
-            except ImportError as missing:
-                part.skip("serving", f"a checkpoint cannot be written here: {missing}")
-                return
-        if (why := why_not(clock)) is not None:
-            part.skip("serving", why)
+        checkpoint(Path(folder), model._replace(hidden=model.q_heads * model.head_dim))
+        if clock.rehearsal:
+            part.skip("serving", "no servers are started in a rehearsal")
             return
         part.notes.append(
             f"{REQUESTS} requests at once, {PICTURES} pictures of {VISUAL_TOKENS} visual tokens each, {OUTPUTS} "
@@ -120,7 +113,6 @@ def running_in(log: str) -> list[int]:
 
 def summarise(part: Part, case: str, row: str, bursts: list[Burst], about: dict) -> None:
     """Time to serve the burst, to the first token and per token, and how many ran at once."""
-    versus = {} if row == STOCK else {"base": STOCK}
     tokens = [sum(answer.meta["completion_tokens"] for answer in burst.answers) for burst in bursts]
     extra = about | {
         "output_tokens_per_s": [count / burst.seconds for count, burst in zip(tokens, bursts, strict=True)],
@@ -128,7 +120,7 @@ def summarise(part: Part, case: str, row: str, bursts: list[Burst], about: dict)
     }
 
     def add(what: str, first: list[float], second: list[float] = (), **more) -> None:
-        against = {"versus": f"{versus['base']}: {what}"} if versus else {}
+        against = {} if row == STOCK else {"versus": f"{STOCK}: {what}"}
         part.add(case, f"{row}: {what}", Timing.of(first, second), **against, **more)
 
     add(f"burst of {len(bursts[0].answers)}", [b.seconds for b in bursts[:1]], [b.seconds for b in bursts[1:]], **extra)

@@ -12,6 +12,7 @@ import torch
 
 BATCH_SECONDS = 0.12  # of each of a timing's two batches
 FEWEST, MOST = 5, 60  # repeats per batch
+SLOW_SECONDS, FEWEST_SLOW = 0.1, 2  # of calls that take longer than that
 AHEAD_CYCLES = 2_000_000  # the GPU waits about a millisecond, so that launches queue up behind it
 
 
@@ -99,7 +100,8 @@ class Clock:
             work()
         self.sync()
         once = self.wall(works[0])
-        repeats = min(max(FEWEST, int(seconds / max(once, 1e-6))), MOST)
+        fewest = FEWEST_SLOW if once > SLOW_SECONDS else FEWEST
+        repeats = min(max(fewest, int(seconds / max(once, 1e-6))), MOST)
         return Timing.of(*([t / per for t in self._batch(works, repeats)] for _ in range(2)))
 
     def _batch(self, works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
