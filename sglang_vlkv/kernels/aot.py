@@ -91,6 +91,7 @@ class _MeasuringDriver:
 
     def __init__(self, arch: int, compiled: list[Resources]) -> None:
         self._arch, self._compiled = arch, compiled
+        self._usage: dict[str, tuple[int, int]] = {}  # by the hash of source, specialisation and options
         # Triton keeps what it compiled per device: a device that never was has nothing yet.
         self._device = f"sm_{arch}, context {next(_ids)}"
         self.utils = SimpleNamespace(
@@ -113,11 +114,15 @@ class _MeasuringDriver:
         return lambda *args, **kwargs: None
 
     def _load_binary(self, name: str, cubin: bytes, shared: int, device: str) -> tuple:
-        registers, spills = _usage(cubin)
         metadata = self._metadata
-        self._compiled.append(
-            Resources(name, self._arch, registers, shared, spills, metadata.num_warps, metadata.num_stages)
-        )
+        if metadata.hash not in self._usage:
+            self._usage[metadata.hash] = _usage(cubin)
+            registers, spills = self._usage[metadata.hash]
+            self._compiled.append(
+                Resources(name, self._arch, registers, shared, spills, metadata.num_warps, metadata.num_stages)
+            )
+        # Without a module Triton has nothing to unload, and asks again at each launch.
+        registers, spills = self._usage[metadata.hash]
         max_threads = min(1024, 65_536 // max(registers, 1) // 32 * 32)
         return None, None, registers, spills // 4, max_threads
 

@@ -9,9 +9,9 @@ import triton.language as tl
 # A row is found through its index, and Triton halves the stages between the two loads: two tiles of K
 # and V are in shared memory while the index of a third is on its way.
 STAGES = 5
-BLOCK_SHARED = 72_192 + 1024  # bytes of the main kernel's blocks, with what CUDA keeps for itself
+BLOCK_SHARED = 76 * 1024  # bytes at most of a block of the main kernel, with what CUDA keeps for itself
 HOPPER = 132, 233_472  # multiprocessors, bytes of shared memory in each
-MERGED = 32  # partial results that the merge reads at a time
+MERGED = 64  # partial results that the merge reads at a time
 PLANNED = 16  # chunks whose requests are looked up at a time
 
 
@@ -147,7 +147,6 @@ class RaggedDecode:
         group = self.num_q_heads // self.num_kv_heads
         block_d = max(16, triton.next_power_of_2(self.head_dim))
         num_chunks = self.num_chunks(num_requests)
-        indptr, first_chunk = indptr[layer], self.first_chunk[layer]
         _decode_chunks[(num_chunks * self.num_kv_heads,)](
             q,
             k_cells,
@@ -157,9 +156,13 @@ class RaggedDecode:
             self.partial_lse,
             indptr,
             indices,
-            first_chunk,
-            self.owner[layer],
-            self.chunk_rows[layer:],
+            self.first_chunk,
+            self.owner,
+            self.chunk_rows,
+            layer,
+            num_requests,
+            self.max_requests + 1,
+            self.max_chunks,
             scale * LOG2_E,
             q.stride(0),
             HKV=self.num_kv_heads,
@@ -176,12 +179,14 @@ class RaggedDecode:
             self.partial,
             self.partial_lse,
             out,
-            first_chunk,
+            self.first_chunk,
+            layer,
+            self.max_requests + 1,
             HQ=self.num_q_heads,
             D=self.head_dim,
             BLOCK_C=MERGED,
             BLOCK_D=block_d,
-            num_warps=4,
+            num_warps=8,
         )
         return out
 
@@ -202,7 +207,7 @@ LOG2_E = 1.4426950408889634
 
 def decode_tile(head_dim: int) -> int:
     """Rows of which K and V, 16 bits each, take 32 KiB."""
-    return max(16, 64 * 128 // max(128, triton.next_power_of_2(head_dim)))
+    return max(16, 8192 // max(64, triton.next_power_of_2(head_dim)))
 
 
 def check_attention(
@@ -284,7 +289,7 @@ def _plan_chunks(
         tl.store(owner_ptr + chunk, tl.where(chunk < total, owner, -1), mask=chunk < num_chunks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "num_requests", "table_stride", "owner_stride"])
 def _decode_chunks(
     q_ptr,
     k_ptr,
@@ -297,6 +302,10 @@ def _decode_chunks(
     first_chunk_ptr,
     owner_ptr,
     chunk_rows_ptr,
+    layer,
+    num_requests,
+    table_stride,
+    owner_stride,
     scale_log2,
     q_stride,
     HKV: tl.constexpr,
@@ -315,14 +324,17 @@ def _decode_chunks(
     """
     chunk = tl.program_id(0) // HKV
     kv_head = tl.program_id(0) % HKV
-    request = tl.load(owner_ptr + chunk)
+    layer = layer.to(tl.int64)
+    request = tl.load(owner_ptr + layer * owner_stride + chunk)
     if request < 0:
         return
+    indptr_ptr += layer * (num_requests + 1)
+    first_chunk_ptr += layer * table_stride
     begin = tl.load(indptr_ptr + request)
     end = tl.load(indptr_ptr + request + 1)
     first_chunk = tl.load(first_chunk_ptr + request)
     num_chunks = tl.load(first_chunk_ptr + request + 1) - first_chunk
-    chunk_rows = tl.load(chunk_rows_ptr)
+    chunk_rows = tl.load(chunk_rows_ptr + layer)
     begin += (chunk - first_chunk) * chunk_rows
     end = tl.minimum(end, begin + chunk_rows)
 
@@ -364,12 +376,14 @@ def _decode_chunks(
         tl.store(lse_ptr + slot + heads, peak + tl.log2(total), mask=g < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "table_stride"])
 def _merge_chunks(
     partial_ptr,
     lse_ptr,
     out_ptr,
     first_chunk_ptr,
+    layer,
+    table_stride,
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -378,6 +392,7 @@ def _merge_chunks(
     """Program (b, h): the chunks of a request, weighted by their sums of exponentials."""
     request = tl.program_id(0)
     head = tl.program_id(1)
+    first_chunk_ptr += layer.to(tl.int64) * table_stride
     first = tl.load(first_chunk_ptr + request)
     end = tl.load(first_chunk_ptr + request + 1)
     if end - first == 1:

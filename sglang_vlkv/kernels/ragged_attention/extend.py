@@ -76,7 +76,7 @@ def ragged_extend(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["qo_indptr_ptr", "indptr_ptr"])  # a layer's may begin anywhere
 def _extend(
     q_ptr,
     k_ptr,

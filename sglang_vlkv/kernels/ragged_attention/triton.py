@@ -33,20 +33,25 @@ def _pool(num_kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _decode(num_layers: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    requests, max_requests = 32, 256
+    """One compilation of each kernel serves all layers and batch sizes."""
+    max_requests, dtype = 256, torch.bfloat16
     lists = RaggedIndices(num_layers, max_requests, 1 << 24, "cpu")
-    table = RowTable.empty(4096, num_layers, "cpu")
-    rows = torch.empty(requests, dtype=torch.int64)
-    req_to_token = torch.empty(4096, 131_080, dtype=torch.int32)
-    indptr, indices = lists.build(table, rows, rows, req_to_token, 2_000_000)
     decode = RaggedDecode(num_layers, max_requests, num_q_heads, num_kv_heads, head_dim, "cpu")
-    decode.plan(indptr)
-    q = torch.empty(requests, num_q_heads, head_dim, dtype=torch.bfloat16)
-    decode.run(0, q, *_pool(num_kv_heads, head_dim), indptr, indices, head_dim**-0.5)
+    table = RowTable.empty(4096, num_layers, "cpu")
+    req_to_token = torch.empty(4096, 131_080, dtype=torch.int32)
+    pool = _pool(num_kv_heads, head_dim)
+    for requests in (1, 32, 33):
+        rows = torch.empty(requests, dtype=torch.int64)
+        indptr, indices = lists.build(table, rows, rows, req_to_token, 2_000_000)
+        decode.plan(indptr)
+        q = torch.empty(requests, num_q_heads, head_dim, dtype=dtype)
+        for layer in range(num_layers):
+            decode.run(layer, q, *pool, indptr, indices, head_dim**-0.5)
 
 
 def _extend(num_layers: int, num_q_heads: int, num_kv_heads: int, head_dim: int, longest: int) -> None:
     q = torch.empty(2 * longest, num_q_heads, head_dim, dtype=torch.bfloat16)
-    indptr, indices = torch.empty(3, dtype=torch.int32), torch.empty(1 << 24, dtype=torch.int32)
+    indices, qo_indptr = torch.empty(1 << 24, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
     pool = _pool(num_kv_heads, head_dim)
-    ragged_extend(q, *pool, indptr, indptr, indices, head_dim**-0.5, longest)
+    for indptr in torch.empty(num_layers, 3, dtype=torch.int32):
+        ragged_extend(q, *pool, qo_indptr, indptr, indices, head_dim**-0.5, longest)
