@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pkgutil import walk_packages
 
 import numpy as np
+import torch
 
 os.environ["TRITON_INTERPRET"] = "1"
 if find_spec("triton"):
@@ -22,12 +23,14 @@ for package in ("sglang_vlkv.kernels", "flashinfer_ext"):
 import_module("triton.experimental.gluon")  # which the interpreter imports at the first launch
 del os.environ["TRITON_INTERPRET"]
 
+# The interpreter keeps bfloat16 in integers of 16 bits: it would multiply those, and it cuts float32
+# off where a GPU rounds to even.
 language, interpreter = import_module("triton.language"), import_module("triton.runtime.interpreter")
-multiply = interpreter.InterpreterBuilder.create_dot
+builder = interpreter.InterpreterBuilder
+multiply, convert = builder.create_dot, builder.cast_impl
 
 
 def create_dot(self, a, b, *rest):
-    """The interpreter keeps bfloat16 in integers of 16 bits, and would multiply those."""
     return multiply(self, *(as_float32(x) if x.dtype.scalar == language.bfloat16 else x for x in (a, b)), *rest)
 
 
@@ -36,4 +39,11 @@ def as_float32(x):
     return interpreter.TensorHandle(values, language.float32)
 
 
-interpreter.InterpreterBuilder.create_dot = create_dot
+def cast_impl(self, source, target_type):
+    if source.dtype.scalar != language.float32 or target_type.scalar != language.bfloat16:
+        return convert(self, source, target_type)
+    rounded = torch.from_numpy(np.atleast_1d(source.data)).bfloat16().view(torch.uint16).numpy()
+    return interpreter.TensorHandle(rounded.reshape(source.data.shape), language.bfloat16)
+
+
+builder.create_dot, builder.cast_impl = create_dot, cast_impl

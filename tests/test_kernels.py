@@ -3,12 +3,14 @@
 import math
 from importlib import import_module
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_vlkv import kernels
+from tests import naive
 
 NAN = float("nan")
 
@@ -197,43 +199,137 @@ def test_impossible_shapes_are_refused(q, k):
         kernels.post_vision.post_vision_scores(normal(*q), normal(*k), 1.0, 0.01)
 
 
+class Cells(NamedTuple):
+    """A prompt of 63 tokens in a pool of 3 layers: ``k`` and ``v`` ``[num_cells, H, D]``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    per_layer: int
+    slots: torch.Tensor
+    kept: torch.Tensor
+    num_kept: list[int]
+
+    def of(self, x: torch.Tensor, layer: int, head: int) -> torch.Tensor:
+        """The prompt's rows ``[63, D]``."""
+        return x[self.slots + layer * self.per_layer, head]
+
+
+def cells_of(num_kept: list[int], heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Cells:
+    """Laid out as in the pool; poison in every row of a slot that is not the prompt's."""
+    generator = torch.Generator().manual_seed(seed)
+    n, pool_rows = 63, 90
+    storage = torch.full((len(num_kept), 2, pool_rows, heads, dim), NAN, dtype=dtype)
+    slots = torch.randperm(pool_rows, generator=generator)[:n]
+    storage[:, :, slots] = normal(len(num_kept), 2, n, heads, dim, seed=seed, dtype=dtype)
+    picks = [
+        torch.stack([torch.randperm(n, generator=generator)[:count].sort().values for _ in range(heads)])
+        for count in num_kept
+    ]
+    flat = storage.view(-1, heads, dim)
+    k, v = flat[: len(flat) - pool_rows], flat[pool_rows:]
+    return Cells(k, v, 2 * pool_rows, slots, torch.cat(picks, dim=1), num_kept)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """What equal says no about for NaN and -0.0."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
 @twins("compaction")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kept", [1, 7, 63])
-def test_each_head_gathers_its_own_rows_and_reads_no_other(kernel, dtype, kept):
-    exact = normal(63, 2, 100, dtype=dtype)
-    generator = torch.Generator().manual_seed(kept)
-    slots = torch.stack([torch.randperm(63, generator=generator)[:kept] for _ in range(2)])
-    poisoned = torch.full_like(exact, NAN)
-    for head in range(2):
-        poisoned[slots[head], head] = exact[slots[head], head]
-    rows = kernel.gather_rows(poisoned, slots)
-    assert torch.equal(rows, torch.stack([exact[slots[head], head] for head in range(2)], dim=1))
-    poisoned.fill_(NAN)
+@pytest.mark.parametrize("heads, dim, dtype", [(2, 100, torch.float32), (2, 100, torch.bfloat16), (1, 5, torch.float16)])
+@pytest.mark.parametrize("num_kept", [[1, 1, 1], [7, 63, 40], [33, 0, 2], [20]])
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+def test_each_head_gathers_its_own_rows_of_every_layer_and_reads_no_other(
+    kernel, num_kept, heads, dim, dtype, slot_dtype
+):
+    """A slot that nobody keeps is out of range, and so is what lies beside the lists."""
+    cells = cells_of(num_kept, heads, dim, dtype)
+    k, v = (torch.full_like(x, NAN) for x in (cells.k, cells.v))
+    unread = torch.ones(63, dtype=torch.bool).index_fill(0, cells.kept.flatten(), False)
+    at, first, expected = cells.slots.masked_fill(unread, 10**9), 0, []
+    for layer, count in enumerate(num_kept):
+        for head, positions in enumerate(cells.kept[:, first : first + count]):
+            own = at[positions] + layer * cells.per_layer
+            k[own, head], v[own, head] = cells.k[own, head], cells.v[own, head]
+        own = at[cells.kept[:, first : first + count].t()] + layer * cells.per_layer
+        expected.append(torch.stack([x[own, torch.arange(heads)] for x in (cells.k, cells.v)]))
+        first += count
+    at = torch.cat([torch.tensor([10**9]), at, torch.tensor([10**9])]).to(slot_dtype)[1:-1]
+    kept = torch.full((heads, sum(num_kept) + 2), 10**9)
+    kept[:, 1:-1] = cells.kept
+    rows = kernel.gather_rows(k, v, at, kept[:, 1:-1], num_kept, cells.per_layer)
+    assert torch.equal(rows, torch.cat(expected, dim=1))
+    k.fill_(NAN), v.fill_(NAN)
     assert rows.isfinite().all(), "a view of the buffer, whose slots are about to be reused"
 
 
 @twins("compaction")
+@pytest.mark.parametrize("heads, dim, dtype", [(2, 100, torch.float32), (2, 100, torch.bfloat16), (1, 5, torch.float16)])
+@pytest.mark.parametrize("num_kept", [[1, 1, 1], [7, 62, 40], [33, 0, 2], [63]])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_merged_rows_are_the_means_of_their_buckets(kernel, num_kept, heads, dim, dtype, sinks):
+    """Of each layer's and head's own; a bucket of one to the bit, the sign of a zero included."""
+    cells = cells_of(num_kept, heads, dim, dtype, seed=sum(num_kept))
+    cells.k[:, :, ::3] = -0.0
+    before = bits(cells.k).clone(), bits(cells.v).clone()
+    rows = kernel.gather_rows(*cells[:2], *cells[3:], cells.per_layer, True, sinks)
+    assert rows.dtype == dtype and rows.shape == (2, sum(num_kept), heads, dim)
+    assert torch.equal(bits(cells.k), before[0]) and torch.equal(bits(cells.v), before[1])
+    rounding = {torch.float32: 2.0**-20, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}[dtype]
+    first, sizes = 0, set()
+    for layer, count in enumerate(num_kept):
+        for head, kept in enumerate(cells.kept[:, first : first + count].tolist() if count else []):
+            for x, ours in zip((cells.k, cells.v), rows[:, first : first + count, head], strict=True):
+                exact = cells.of(x, layer, head)
+                for row, members in enumerate(naive.buckets(exact, kept, "bucket_mean", sinks, 0.0)):
+                    sizes.add(len(members))
+                    if len(members) == 1:
+                        assert torch.equal(bits(ours[row]), bits(exact[members[0]]))
+                    mean = exact[members].double().mean(0)
+                    torch.testing.assert_close(ours[row].double(), mean, rtol=rounding, atol=1e-6)
+        first += count
+    assert num_kept == [63] or max(sizes) > 1
+
+
+@twins("compaction")
+@pytest.mark.parametrize("kept", [[4, 8], [4, 9], [0, 4, 8], [3, 11], [11], [0], [1, 2, 3]])
+@pytest.mark.parametrize("sinks", [0, 1, 2])
+def test_buckets_meet_at_the_midpoint_which_belongs_to_the_lower(kernel, kept, sinks):
+    """Powers of four: a sum says what is in it."""
+    x = (4.0 ** torch.arange(12)).view(12, 1, 1)
+    rows = kernel.gather_rows(x, -x, torch.arange(12), torch.tensor([kept]), [len(kept)], 0, True, sinks)
+    buckets = naive.buckets(x[:, 0], kept, "bucket_mean", sinks, 0.0)
+    sums = rows[0].flatten() * torch.tensor([len(members) for members in buckets])
+    assert sums.tolist() == pytest.approx([sum(4.0**j for j in members) for members in buckets], rel=1e-6)
+    assert torch.equal(rows[1], -rows[0])
+
+
+@twins("compaction")
+@pytest.mark.parametrize("heads, dim, dtype", [(2, 100, torch.bfloat16), (3, 5, torch.float32)])
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
-def test_rows_are_written_to_their_cells_and_nowhere_else(kernel, id_dtype):
-    rows = normal(20, 2, 100, dtype=torch.bfloat16)
-    cells = torch.full((63, 2, 100), NAN, dtype=torch.bfloat16)
-    ids = torch.randperm(63, generator=torch.Generator().manual_seed(0))[:20]
-    kernel.scatter_rows(cells, ids.to(id_dtype), rows)
-    assert torch.equal(cells[ids], rows)
-    others = torch.ones(63, dtype=torch.bool).index_fill(0, ids, False)
-    assert cells[others].isnan().all()
+@pytest.mark.parametrize("num_rows", [0, 1, 50])
+def test_rows_are_written_to_their_cells_and_nowhere_else(kernel, id_dtype, heads, dim, dtype, num_rows):
+    flat = torch.full((2 * 2 * 31, heads, dim), NAN, dtype=dtype)  # two layers of 31 slots, as in the pool
+    k, v = flat[:-31], flat[31:]
+    slots = torch.randperm(31, generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([slots, slots + 2 * 31])[:num_rows]
+    rows = normal(2, num_rows + 3, heads, dim, dtype=dtype)[:, 2:-1]
+    kernel.scatter_rows(k, v, ids.to(id_dtype), rows)
+    assert torch.equal(k[ids], rows[0]) and torch.equal(v[ids], rows[1])
+    assert int(flat.isfinite().sum()) == rows.numel()
 
 
-def test_rows_survive_a_move_within_one_buffer():
+@twins("compaction")
+def test_rows_survive_a_move_within_one_buffer(kernel):
     """The kept rows may be written over slots that other kept rows came from."""
-    buffer = normal(63, 2, 100)
-    before = buffer.clone()
-    slots = torch.stack([torch.arange(0, 60, 3), torch.arange(1, 61, 3)])
-    target = torch.arange(40)[1::2]
-    kernels.compaction.scatter_rows(buffer, target, kernels.compaction.gather_rows(buffer, slots))
+    k, v = normal(63, 2, 100), normal(63, 2, 100, seed=1)
+    before = k.clone(), v.clone()
+    kept = torch.stack([torch.arange(0, 60, 3), torch.arange(1, 61, 3)])
+    target = torch.arange(1, 40, 2)
+    kernel.scatter_rows(k, v, target, kernel.gather_rows(k, v, torch.arange(63), kept, [20], 0))
     for head in range(2):
-        assert torch.equal(buffer[target, head], before[slots[head], head])
+        for x, old in zip((k, v), before, strict=True):
+            assert torch.equal(x[target, head], old[kept[head], head])
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -54,7 +54,7 @@ def gather_rows(
         for into, x in zip(rows, (k_cells, v_cells), strict=True):
             torch.index_select(
                 x.flatten(0, 1), 0, (cells[kept[:, own].t()] * num_heads + heads).flatten(),
-                out=into[own].view(count * num_heads, -1),
+                out=into[own].flatten(0, 1),
             )  # fmt: skip
             if merge and count:
                 into[own] = _means(x, cells, bucket, into[own])

@@ -25,7 +25,7 @@ def gather_rows(
             first = 0
             for layer, count in enumerate(num_kept):
                 own = kept[head, first : first + count].tolist()
-                into = buckets(own, len(slots), sink_tokens) if merge else [[j] for j in own]
+                into = buckets(own, len(slots), sink_tokens) if merge and own else [[j] for j in own]
                 for i, members in enumerate(into):
                     found = torch.stack([cells[layer * cells_per_layer + slots[j], head] for j in members])
                     rows[kv, first + i, head] = found[0] if len(members) == 1 else found.float().mean(0)

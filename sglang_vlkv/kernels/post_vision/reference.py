@@ -18,7 +18,7 @@ def post_vision_scores(
 ) -> LayerScores:
     """See the CPU version."""
     if slots is not None:
-        k = torch.stack([k[slot] for slot in slots.tolist()])
+        k = k[slots.long()]
     num_rows, num_q_heads, _ = q.shape
     num_keys, num_kv_heads, _ = k.shape
     group = num_q_heads // num_kv_heads
@@ -55,7 +55,7 @@ def post_vision_scores_ragged(
         voting = range(q_indptr[request], q_indptr[request + 1])
         keys = range(kv_indptr[request], kv_indptr[request + 1])
         assert len(voting) <= max_q_len and len(keys) <= max_kv_len
-        cells = torch.tensor([j if slots is None else int(slots[j]) for j in keys])
+        cells = torch.arange(keys.start, keys.stop) if slots is None else slots[keys.start : keys.stop]
         queries, positions = q[voting.start : voting.stop], rows[voting.start : voting.stop]
         one = post_vision_scores(queries, k_buffer, scale, p, reduce, positions, cells)
         scores.append(one.scores)

@@ -260,11 +260,10 @@ def post_vision_scores_ragged(
         BLOCK_M=tiles.m,
         BLOCK_N=tiles.n,
         BLOCK_D=tiles.d,
-        num_warps=8 if tiles.upcast else 4,
         num_stages=2,
     )
     _row_statistics[num_tiles, num_splits * num_kv_heads, num_requests](
-        *inputs, *pieces, *strides, num_splits, num_kv_heads, scale, **shape
+        *inputs, *pieces, *strides, num_splits, num_kv_heads, scale, **shape, num_warps=8 if tiles.upcast else 4
     )
     num_statistics = statistics[0].numel()
     _combine[(triton.cdiv(num_statistics, 128),)](
@@ -272,7 +271,7 @@ def post_vision_scores_ragged(
     )
     _column_sums[num_blocks, num_kv_heads, num_requests](
         *inputs, *statistics, scores, zeros, *strides, num_scores, scale, math.log(p),
-        MAXIMUM=reduce == "max", BLOCK_R=1024, **shape
+        MAXIMUM=reduce == "max", BLOCK_R=1024, **shape, num_warps=8,
     )  # fmt: skip
     return scores, zeros
 
