@@ -34,7 +34,7 @@ def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int, q_dtype: tor
         raise ValueError(f"kv_dtype is q_dtype, float8_e4m3fn or float8_e5m2, not {kv_dtype} under {q_dtype}")
     if head_dim not in (64, 128, 256):
         raise ValueError(f"head_dim is 64, 128 or 256, not {head_dim}")
-    return Heads(num_q_heads, num_kv_heads, head_dim, kv_dtype.itemsize)
+    return Heads(num_q_heads, num_kv_heads, head_dim)
 
 
 class RaggedDecode:
@@ -137,7 +137,7 @@ class RaggedDecode:
         if self._module is not None:
             decode = None if self.use_tensor_cores else self._module
             grid = upstream.device_grid(self.device, self.heads, self._q_dtype, self._kv_dtype, decode)
-            return Grid(num_sms or grid.num_sms, num_blocks_per_sm or grid.num_blocks_per_sm, grid.max_shared_memory)
+            return Grid(num_sms or grid.num_sms, num_blocks_per_sm or grid.num_blocks_per_sm)
         if num_sms is None or (num_blocks_per_sm is None and not self.use_tensor_cores):
             raise ValueError(f"there is no GPU to ask on {self.device}: give num_sms and num_blocks_per_sm")
         return Grid(num_sms, num_blocks_per_sm or 1)

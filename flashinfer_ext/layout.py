@@ -33,12 +33,11 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention's shape. ``kv_bytes``: bytes of one element of the cache."""
+    """The attention's shape."""
 
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    kv_bytes: int = 2
 
     @property
     def group_size(self) -> int:
@@ -53,13 +52,10 @@ class Grid:
         num_sms: streaming multiprocessors.
         num_blocks_per_sm: thread blocks of the CUDA-core decode kernel that fit on one of them; not
             read for tensor-core decode.
-        max_shared_memory: bytes that a block may opt in to. The default is that of the smallest
-            device with compute capability 8 or more.
     """
 
     num_sms: int
     num_blocks_per_sm: int
-    max_shared_memory: int = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -108,20 +104,15 @@ class _Allocator:
         return begin
 
 
-def cta_tile_q(heads: Heads, max_shared_memory: int) -> int:
+def cta_tile_q(heads: Heads) -> int:
     """Packed query rows (row times head of the group) of one block at one query row per request.
 
-    For devices of compute capability 8 and later.
+    For head dimensions up to 256 on devices of compute capability 8 and later: the tile of 16 then
+    takes 72 KiB of shared memory at most, and every such device has 99, which upstream asks it for.
     """
-    packed, dim = heads.group_size, heads.head_dim
-    if dim >= 512:
-        return 16 if packed <= 32 else 32
-    if packed > 64 and dim < 256:
+    if heads.group_size > 64 and heads.head_dim < 256:
         return 128
-    if packed > 16:
-        return 64
-    shared = 16 * dim * 2 + 2 * dim * 64 * heads.kv_bytes
-    return 64 if shared > max_shared_memory else 16
+    return 64 if heads.group_size > 16 else 16
 
 
 def cuda_core_layout(batch_size: int, heads: Heads, grid: Grid) -> Layout:
@@ -162,7 +153,7 @@ def cuda_core_layout(batch_size: int, heads: Heads, grid: Grid) -> Layout:
 
 def tensor_core_layout(batch_size: int, heads: Heads, grid: Grid) -> Layout:
     """Tensor-core decode of ``batch_size`` requests: ``PrefillPlanInfo``, one query row each."""
-    group, tile_q = heads.group_size, cta_tile_q(heads, grid.max_shared_memory)
+    group, tile_q = heads.group_size, cta_tile_q(heads)
     max_tiles = PREFILL_BLOCKS_PER_SM * grid.num_sms // heads.num_kv_heads
     num_blocks = max(max_tiles, ceil_div(batch_size * group, tile_q) + batch_size - 1)
     ints, floats = _Allocator(), _Allocator()

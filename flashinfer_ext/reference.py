@@ -63,15 +63,12 @@ def cuda_core_plan(lengths: list[int], heads: Heads, grid: Grid) -> Plan:
 def tensor_core_plan(lengths: list[int], heads: Heads, grid: Grid) -> Plan:
     """``PrefillPlan`` as the decode wrapper calls it, one query row per request."""
     group = heads.num_q_heads // heads.num_kv_heads
-    if heads.head_dim >= 512:
-        tile = 16 if group <= 32 else 32
-    elif group > 64 and heads.head_dim < 256:
+    if group > 64 and heads.head_dim < 256:
         tile = 128
     elif group > 16:
         tile = 64
-    else:
-        q_bytes, kv_bytes = 16 * heads.head_dim * 2, (heads.head_dim + heads.head_dim) * 16 * 4 * heads.kv_bytes
-        tile = 64 if q_bytes + kv_bytes > grid.max_shared_memory else 16
+    else:  # as long as 16 rows of queries and 64 of keys and values fit in shared memory: 16-bit ones of 256 do
+        tile = 16
     total_tiles_q = -(-len(lengths) * group // tile) + len(lengths) - 1
     max_batch_size_if_split = 2 * grid.num_sms // heads.num_kv_heads
     q_tiles = -(-group // tile)

@@ -100,9 +100,9 @@ def device_grid(
             f"flashinfer_ext needs compute capability 8.0 or later, {properties.name} has "
             f"{properties.major}.{properties.minor}; use FlashInfer's own wrappers"
         )
-    num_sms, shared = properties.multi_processor_count, properties.shared_memory_per_block_optin
+    num_sms = properties.multi_processor_count
     if decode is None:
-        return Grid(num_sms, 1, shared)
+        return Grid(num_sms, 1)
     float_bytes, _ = decode.workspace_size(
         torch.empty(1, dtype=torch.uint8, device=device),
         torch.tensor([0, 1], dtype=torch.int32),  # one request of one row
@@ -112,7 +112,7 @@ def device_grid(
         torch.empty(0, dtype=q_dtype),
         torch.empty(0, dtype=kv_dtype),
     )
-    return Grid(num_sms, blocks_per_sm(int(float_bytes), num_sms, heads), shared)
+    return Grid(num_sms, blocks_per_sm(int(float_bytes), num_sms, heads))
 
 
 def blocks_per_sm(float_bytes: int, num_sms: int, heads: Heads) -> int:

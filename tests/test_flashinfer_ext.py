@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -17,13 +18,15 @@ from flashinfer_ext.layout import DECODE_GROUP_SIZES, Grid, Heads, Layout, cuda_
 from flashinfer_ext.plan_kernel import plan_layers
 from tests.flashinfer_planner import SENTINEL, Planner, why_not
 
-H100 = Grid(num_sms=132, num_blocks_per_sm=4, max_shared_memory=227 * 1024)
+H100 = Grid(num_sms=132, num_blocks_per_sm=4)
 SMALL = Grid(num_sms=20, num_blocks_per_sm=3)
 QWEN_7B = Heads(28, 4, 128)  # G = 7
 QWEN_32B = Heads(40, 8, 128)  # G = 5
 MHA = Heads(16, 16, 64)  # G = 1
 G4, G8, G3 = Heads(32, 8, 128), Heads(64, 8, 128), Heads(12, 4, 64)
-WIDE = Heads(24, 1, 256, 1)  # 24 packed rows: a tile of 64
+WIDE = Heads(24, 1, 256)  # 24 packed rows: a tile of 64
+TILE_128 = Heads(71, 1, 128)
+DIM_256 = Heads(16, 1, 256)
 MANY = Heads(140, 2, 256)  # 70 packed rows over tiles of 64: two query tiles
 
 LAYOUTS = {False: cuda_core_layout, True: tensor_core_layout}
@@ -48,16 +51,17 @@ class Case:
 
 
 SHAPES = [
-    ("B1-huge", [[200_000], [1], [0], [127], [128], [129], [131_072]]),
+    ("B1-huge", [[200_000], [0], [128], [129], [131_072]]),
     ("B64-equal", [[900] * 64, [1] * 64, [128] * 64]),
     ("uneven", [[30_000, 3, 800, 128, 1], [1, 1, 1, 1, 1], [5, 40_000, 129, 256, 257], [64, 64, 64, 64, 90_000]]),
     ("below-chunk", [[1, 2, 127, 64, 128, 3, 9, 100], [128] * 8]),
     ("zeros", [[0, 0, 0], [0, 7, 0], [0, 0, 9000], [500, 0, 0]]),
+    ("B64-empty", [[0] * 64, [0] * 63 + [5]]),
     ("B33-ladder", [[37 * i + 1 for i in range(33)], [(7919 * i) % 5000 + 1 for i in range(33)]]),
-    ("B512", [[(i * 7919) % 3000 + 1 for i in range(512)], [1000] * 512, [1] * 512]),
+    ("B512", [[(i * 7919) % 3000 + 1 for i in range(512)], [1] * 512]),
 ]
 KINDS = [
-    *((True, heads) for heads in (QWEN_7B, QWEN_32B, G4, G8, WIDE, MANY)),
+    *((True, heads) for heads in (QWEN_7B, QWEN_32B, G4, G8, WIDE, MANY, TILE_128, DIM_256)),
     *((False, heads) for heads in (MHA, G3, G4, G8)),
 ]
 
@@ -68,11 +72,14 @@ def ugly() -> Iterator[Case]:
             yield Case(name, tensor_cores, heads, (H100, SMALL)[i % 2], lengths)
 
 
+UGLY = list(ugly())
+
+
 def drawn(count: int, seed: int, layers: int = 2) -> Iterator[Case]:
     rng = random.Random(seed)
     for i in range(count):
         tensor_cores, heads = rng.choice(KINDS)
-        grid = Grid(rng.choice([1, 8, 46, 108, 132, 148]) + heads.num_kv_heads, rng.randint(1, 8), rng.choice([99, 227]) * 1024)
+        grid = Grid(rng.choice([1, 8, 46, 108, 132, 148]) + heads.num_kv_heads, rng.randint(1, 8))
         batch_size = rng.choice([1, 2, 3, 7, 8, 15, 16, 17, 40, 100])
         longest = rng.choice([1, 100, 129, 1000, 20_000, 300_000])
         some = [0, 1, 127, 128, 129, longest] if rng.random() < 0.5 else [longest]
@@ -83,6 +90,9 @@ def drawn(count: int, seed: int, layers: int = 2) -> Iterator[Case]:
         yield Case(f"drawn{i}", tensor_cores, heads, grid, lengths)
 
 
+DRAWN = list(drawn(50, seed=1))
+
+
 def indptr_of(lengths: list[list[int]]) -> torch.Tensor:
     """``[L, B + 1]``; layers' segments lie in no order and apart."""
     offsets = torch.tensor(lengths).cumsum(1)
@@ -90,6 +100,7 @@ def indptr_of(lengths: list[list[int]]) -> torch.Tensor:
     return torch.cat([begin, begin + offsets], 1).int()
 
 
+@cache  # both the reference and FlashInfer's planner are compared with it
 def planned(case: Case) -> torch.Tensor:
     """``[L + 1, n]``: the int workspace after planning, poisoned before, one layer and 48 bytes too large."""
     layout = case.layout()
@@ -152,13 +163,13 @@ def check_every_row_once(case: Case, layer: int, ints: torch.Tensor) -> None:
     assert mask.tolist() == [i < total for i in range(layout.num_blocks)]
 
 
-@pytest.mark.parametrize("case", ugly(), ids=str)
+@pytest.mark.parametrize("case", UGLY, ids=str)
 def test_device_plans_are_the_references(case):
     assert check_device_plan(case) >= len(case.lengths) - (case.name == "zeros") * 4
 
 
 def test_device_plans_are_the_references_on_random_batches():
-    assert sum(check_device_plan(case) for case in drawn(150, seed=1)) > 250
+    assert sum(check_device_plan(case) for case in DRAWN) > 80
 
 
 def test_empty_requests_that_overflow_upstream_fit_here():
@@ -195,14 +206,13 @@ def check_flashinfers_plan(planner: Planner, case: Case, plans: list[reference.P
     return compared
 
 
-@pytest.mark.parametrize("case", ugly(), ids=str)
+@pytest.mark.parametrize("case", UGLY, ids=str)
 def test_device_plans_are_flashinfers(planner, case):
     check_flashinfers_plan(planner, case, case.expected(), planned(case))
 
 
 def test_device_plans_are_flashinfers_on_random_batches(planner):
-    cases = drawn(60, seed=2)
-    assert sum(check_flashinfers_plan(planner, case, case.expected(), planned(case)) for case in cases) > 100
+    assert sum(check_flashinfers_plan(planner, case, case.expected(), planned(case)) for case in DRAWN) > 80
 
 
 def test_the_reference_is_flashinfers_planner(planner):
@@ -318,7 +328,7 @@ class Kernels:
     def attend(a: dict, request: int, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the request's rows from ``begin`` to before ``end``; no rows weigh nothing."""
         first, behind = a["paged_kv_indptr"][request : request + 2].tolist()
-        assert a["paged_kv_last_page_len"][request] == 1 and a["paged_k_cache"].shape[1] == 1
+        assert a["paged_kv_last_page_len"].tolist() == [1] * len(a["q"]) and a["paged_k_cache"].shape[1] == 1
         cells = a["paged_kv_indices"][min(first + begin, behind) : min(first + end, behind)].long()
         group = a["q"].shape[1] // a["paged_k_cache"].shape[2]
         caches = a["paged_k_cache"], a["paged_v_cache"]
@@ -354,8 +364,8 @@ def test_plan_and_run_are_attention(heads, tensor_cores):
     storage = torch.randn(2, 700, heads.num_kv_heads, heads.head_dim).half()
     k_cells, v_cells = storage
     for lengths in (
-        [[300, 0, 5], [129, 700, 1], [0, 0, 0]],  # the last layer keeps nothing
-        [[257] * 9, [1, 2, 3, 0, 0, 0, 690, 8, 9], [128] * 9],
+        [[300, 0, 5], [129, 400, 1], [0, 0, 0]],  # the last layer keeps nothing
+        [[137] * 9, [1, 2, 3, 0, 0, 0, 500, 8, 9], [128] * 9],
         [[600], [1], [400]],  # a smaller batch behind a larger one
     ):
         batch_size, indptr = len(lengths[0]), indptr_of(lengths) // 1000
@@ -526,14 +536,15 @@ def test_the_references_attention_is_torchs():
     torch.testing.assert_close(ours, exact.transpose(0, 1))
 
 
-def test_importing_leaves_flashinfer_out():
-    code = "import sys, flashinfer_ext, flashinfer_ext.check; print([m for m in sys.modules if m.split('.')[0] == 'flashinfer'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_the_self_check_needs_a_gpu():
+def test_without_a_gpu_flashinfer_is_not_imported_and_the_self_check_says_so():
     if torch.cuda.is_available():
-        pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "-m", "flashinfer_ext.check"], capture_output=True, text=True)
-    assert done.returncode == 2 and "GPU" in done.stdout + done.stderr
+        pytest.skip("there is a GPU")
+    code = """
+import sys
+from flashinfer_ext.check import main
+status = main()
+print([m for m in sys.modules if m.split(".")[0] in ("flashinfer", "sglang", "sglang_vlkv")], status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    sentence, modules = done.stdout.splitlines()
+    assert "GPU" in sentence and modules == "[] 2"

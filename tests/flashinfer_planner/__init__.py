@@ -15,6 +15,7 @@ from flashinfer_ext.layout import Grid, Heads
 
 HERE = Path(__file__).parent
 SENTINEL = 0xA5
+LEAST_SHARED = 99 * 1024  # bytes of a block, of the GPUs of compute capability 8.0 and later
 SLACK = 1 << 20  # behind the int workspaces: CUDA-core plans of empty requests may run over them
 
 
@@ -75,12 +76,12 @@ class Planner:
         offsets[1:] = torch.tensor(lengths).cumsum(0)
         ints, pinned = (torch.full((int_bytes + SLACK,), SENTINEL, dtype=torch.uint8) for _ in range(2))
         info = torch.zeros(16, dtype=torch.int64)
-        self._library.set_device(grid.num_sms, grid.num_blocks_per_sm, grid.max_shared_memory)
+        self._library.set_device(grid.num_sms, grid.num_blocks_per_sm, LEAST_SHARED)
         numbers = [len(lengths), heads.num_q_heads, heads.num_kv_heads, heads.head_dim]
         plan = self._library.cuda_core_plan
         if tensor_cores:
             plan = self._library.tensor_core_plan
-            numbers.append(heads.kv_bytes)
+            numbers.append(2)  # bytes of an element of the cache: 1 asks for less shared memory
         plan.restype = ctypes.c_int64
         workspaces = [4096, float_bytes, ints.data_ptr(), pinned.data_ptr(), int_bytes]  # floats: never touched
         pointers = [ctypes.c_void_p(offsets.data_ptr()), *map(ctypes.c_int64, numbers + workspaces)]
