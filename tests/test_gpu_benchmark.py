@@ -252,6 +252,8 @@ def test_the_clock_on_a_stand_in_for_cuda(monkeypatch):
         "graph": lambda graph: nullcontext(),
         "empty_cache": lambda: None,
         "mem_get_info": lambda: (7, 8),
+        "max_memory_allocated": lambda: 5,
+        "reset_peak_memory_stats": lambda: calls.append("reset"),
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -259,6 +261,7 @@ def test_the_clock_on_a_stand_in_for_cuda(monkeypatch):
     assert (clock.l2_bytes, clock.num_sms, clock.free_bytes()) == (1 << 20, 132, 7)
     clock.capture(lambda: calls.append("work"), times=3)()
     assert calls == ["work"] * 5 + ["replay"]  # twice to warm up, three times captured
+    assert clock.peak_bytes() == 5 and calls.pop() == "reset"
     calls.clear()
     timing = clock.measure(lambda: calls.append("a"), lambda: calls.append("b"), per=10, seconds=0.0)
     assert timing.p50 == pytest.approx(1e-4) and timing.spread == 0.0

@@ -45,7 +45,10 @@ def workloads(rehearsal: bool) -> dict[str, Batch]:
 class Steps:
     """Seconds of the stages of one row: the prefill, the compression and the tokens after the first."""
 
-    def __init__(self, prefill: float, compression: float, decode: float, outputs: int, compressed: bool) -> None:
+    def __init__(
+        self, prefill: float, compression: float, decode: float, outputs: int, kv_bytes: int, compressed: bool
+    ) -> None:
+        self.kv_bytes = kv_bytes  # of the prompts, once decoding begins
         self.prefill, self.compression, self.decode = prefill, compression, decode
         self.outputs, self.compressed = outputs, compressed
 
@@ -236,13 +239,16 @@ def _workload(
     part: Part, clock: Clock, decoder: Decoder, name: str, batch: Batch, outputs: int, done: dict[str, Steps]
 ) -> None:
     baseline = Baseline(decoder, clock, batch, outputs)
+    model = decoder.model
+    full = len(batch.lengths) * batch.lengths[0] * model.layers * model.row_bytes
+    kept = len(batch.lengths) * round(ALPHA * batch.lengths[0] * model.layers) * model.row_bytes
     prefill, compress = clock.wall(baseline.prefill), clock.wall(baseline.compress)
     small, baseline.small = baseline.small, None
     seconds, full_logits = _timed(clock, lambda: baseline.decode(small))
-    done[HF_COMPACTED] = Steps(prefill, compress, seconds, outputs, True)
+    done[HF_COMPACTED] = Steps(prefill, compress, seconds, outputs, kept, True)
     del small
     seconds, full_logits = _timed(clock, lambda: baseline.decode(baseline.cache))
-    done[HF] = Steps(prefill, 0.0, seconds, outputs, False)
+    done[HF] = Steps(prefill, 0.0, seconds, outputs, full, False)
     _rows(part, name, done, (HF, HF_COMPACTED))
     baseline.cache = None
     clock.free_bytes()
@@ -252,7 +258,7 @@ def _workload(
     engine.capture()
     engine.reset()
     seconds, logits = _timed(clock, engine.decode)
-    done[ENGINE] = Steps(prefill, 0.0, seconds, outputs, False)
+    done[ENGINE] = Steps(prefill, 0.0, seconds, outputs, full, False)
     # Both read the same full cache; what 16 bits leave after all layers is coarse. Attention itself is
     # checked in the parts before.
     close = error(logits, full_logits.double())
@@ -263,7 +269,7 @@ def _workload(
     engine.reset()
     seconds, logits = _timed(clock, engine.decode)
     part.check(f"{name}: logits of {ENGINE_COMPACTED} are finite", bool(logits.isfinite().all()))
-    done[ENGINE_COMPACTED] = Steps(prefill, compress, seconds, outputs, True)
+    done[ENGINE_COMPACTED] = Steps(prefill, compress, seconds, outputs, kept, True)
     _rows(part, name, done, (ENGINE, ENGINE_COMPACTED))
 
 
@@ -295,4 +301,4 @@ def _rows(part: Part, name: str, done: dict[str, Steps], names: tuple[str, ...])
         if steps.compressed:
             add("compression", steps.compression, share_of=f"{row}: prefill")
         add("decode, per step", steps.decode / steps.outputs, **versus("decode, per step"), **quoted(decode))
-        add("end to end", steps.total, **versus("end to end"), **quoted(whole))
+        add("end to end", steps.total, kv_bytes=steps.kv_bytes, **versus("end to end"), **quoted(whole))

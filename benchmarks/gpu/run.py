@@ -79,6 +79,8 @@ class Run:
             else:
                 self._run(part)
             part.seconds = time.monotonic() - start
+            part.extra["peak_bytes"] = self.clock.peak_bytes()
+            self.clock.free_bytes()
             self._update(part)
             self.save()
 

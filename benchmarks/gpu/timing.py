@@ -74,7 +74,10 @@ class Clock:
         return torch.cuda.mem_get_info()[0]
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated()
+        """Most memory that was allocated at once since the last call."""
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
 
     def capture(self, work: Callable[[], object], times: int = 1) -> Callable[[], None]:
         """A replay of ``times`` calls of ``work`` as one CUDA graph."""
