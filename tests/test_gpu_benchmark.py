@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext
+from inspect import getsource, signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")  # Triton decides when a kernel is decorated
     from benchmarks.gpu import ceilings
-from benchmarks.gpu import correctness, paper, record, report, run, serving, wheelhouse
+from benchmarks.gpu import correctness, decode, engines, paper, record, report, run, serving, wheelhouse
 from benchmarks.gpu.pool import Pool, Residents, sets_for
 from benchmarks.gpu.record import Deadline, Part
 from benchmarks.gpu.shapes import MISTRAL, QWEN, TOY_QWEN, UNEVEN, Batch, batches, kept_rows
@@ -312,6 +313,54 @@ def test_the_engine_path_and_the_baseline_agree():
     assert difference < 1e-4  # in float32
     quoted = [row["paper_speedup"] for row in part.rows if "paper_speedup" in row]
     assert quoted == list(paper.PAPER["1x2K"])
+
+
+def test_the_flashinfer_engines_are_called_as_they_are_declared(monkeypatch):
+    """Without a GPU they cannot run: stand-ins with their signatures attend in plain torch."""
+    flashinfer, ours = pytest.importorskip("flashinfer"), pytest.importorskip("flashinfer_ext")
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode
+
+    def declared(function, *arguments, **named) -> dict:
+        return signature(function).bind(*arguments, **named).arguments
+
+    def our_engine(*arguments, **named):
+        given = declared(ours_decode, *arguments, **named)
+        assert given["q_dtype"] == given["kv_dtype"] == CLOCK.dtype
+        names = "num_layers", "max_requests", "num_q_heads", "num_kv_heads", "head_dim", "device"
+        return RaggedDecode(**{name: given[name] for name in names}, num_sms=2)
+
+    class Stock:
+        def __init__(self, *arguments, **named) -> None:
+            declared(stock.__init__, self, *arguments, **named)
+
+        def plan(self, *arguments, **named) -> None:
+            self.given = declared(stock.plan, self, *arguments, **named)
+            for name in ("q_data_type", "kv_data_type", "sm_scale"):
+                assert f"        {name}: " in getsource(stock)  # plan() hands keywords on, unchecked
+            self.scale = named["sm_scale"]
+
+        def run(self, q, kv, out) -> None:
+            declared(stock.run, self, q, kv, out=out)
+            indptr, indices = self.given["indptr"].tolist(), self.given["indices"].long()
+            for request, (start, end) in enumerate(zip(indptr, indptr[1:])):
+                k, v = (x[indices[start:end], 0] for x in kv)
+                out[request] = correctness.attend(q[request : request + 1], k, v, self.scale)[0]
+
+    ours_decode, stock = ours.RaggedDecode, flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    monkeypatch.setattr(ours, "RaggedDecode", our_engine)
+    monkeypatch.setattr(flashinfer, "BatchDecodeWithPagedKVCacheWrapper", Stock)
+    monkeypatch.setattr(CLOCK, "flashinfer_is_compiled", True)
+    for module in (engines, correctness):
+        monkeypatch.setattr(module, "have_flashinfer_ext", lambda clock: None)
+    monkeypatch.setattr(engines, "stock_engines", lambda clock: {engines.FLASHINFER: engines.StockFlashInfer})
+    part = Part("decode", Deadline(60))
+    correctness.decoding(part, CLOCK, TOY_QWEN, True)
+    full: dict[str, str] = {}
+    for alpha in (1.0, 0.1):
+        decode._case(part, CLOCK, Pool(TOY_QWEN, 400, CLOCK), Batch("b", (40, 24)), alpha, alpha < 1, full)
+    assert part.broken == [] and all(check["ok"] for check in part.checks)
+    rows = {(row["row"], row["alpha"]) for row in part.rows if "alpha" in row}
+    assert {(engines.FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 0.1)} <= rows
 
 
 def test_what_a_served_burst_says():

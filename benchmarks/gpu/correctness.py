@@ -133,7 +133,8 @@ def decoding(part: Part, clock: Clock, model: Model, flashinfer: bool) -> None:
     if flashinfer:
         from flashinfer_ext import RaggedDecode
 
-        engine = RaggedDecode(model.layers, size, *heads, clock.device, q_dtype=clock.dtype, kv_dtype=clock.dtype)
+        dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
+        engine = RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
     else:
         engine = RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
     engine.plan(indptr)

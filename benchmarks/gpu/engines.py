@@ -45,9 +45,8 @@ class Ours(Decode):
         if flashinfer:
             from flashinfer_ext import RaggedDecode
 
-            self.engine = RaggedDecode(
-                model.layers, size, *heads, clock.device, q_dtype=clock.dtype, kv_dtype=clock.dtype
-            )
+            dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
+            self.engine = RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
         else:
             self.engine = RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
 

@@ -73,8 +73,8 @@ PROFILES = {
         ("sglang==0.5.23", "torch==2.14.1", "sglang-kernel==0.4.10"),
         True,
         "Replaces torch 2.11 by 2.14.1 in the folder, since sglang-kernel 0.4.10 is built for it (five symbols "
-        "are missing in 2.11). Large: torch 0.56 GB, the CUDA libraries it needs about 2 GB, sglang-kernel more "
-        "than 1 GB when unpacked (its FlashAttention 3 alone is 1.1 GB, its sm_90 operators 12 MB).",
+        "are missing in 2.11). Gigabytes: torch's wheel alone is 0.56 GB; unpacked, on Python 3.11, CUDA's "
+        "libraries are 3.7 GB, torch 1.2, sglang-kernel 1.1 (most of it FlashAttention 3), Triton 0.9, CuTe 0.5.",
     ),
 }
 
