@@ -357,6 +357,31 @@ def test_kernels_compile_for_three_architectures_without_spilling(tmp_path):
     assert all(3 * (shared + 1024) <= 233_472 for shared in decode), "three blocks to a multiprocessor"
 
 
+FLOAT32 = """
+import torch
+from sglang_vlkv.kernels.aot import compiled_for
+from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode, ragged_extend
+
+q, cells, indices = torch.empty(2, 4, 64), torch.empty(100, 2, 64), torch.empty(64, dtype=torch.int32)
+indptr, decode = torch.empty(1, 3, dtype=torch.int32), RaggedDecode(1, 2, 4, 2, 64, "cpu")
+with compiled_for(90) as compiled:
+    decode.plan(indptr)
+    decode.run(0, q, cells, cells, indptr, indices, 1.0)
+    ragged_extend(q, cells, cells, indptr[0], indptr[0], indices, 1.0, 1)
+print(*(r.kernel for r in compiled))
+"""
+
+
+def test_float32_is_not_rounded_to_the_tensor_cores_tf32(tmp_path):
+    """The interpreter would not notice."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FLOAT32], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["_plan_chunks", "_decode_chunks", "_merge_chunks", "_extend"], done.stderr
+    code = [file.read_text() for file in tmp_path.rglob("*.ptx")]
+    assert len(code) == 4
+    assert not any("mma" in ptx for ptx in code) and sum("fma.rn.f32" in ptx for ptx in code) >= 2
+
+
 def test_interpreted_kernels_are_not_compiled():
     done = compile_ahead("--only", "ragged_attention", TRITON_INTERPRET="1")
     assert done.returncode != 0 and "TRITON_INTERPRET is set" in done.stderr

@@ -12,6 +12,7 @@ STAGES = 5
 BLOCK_SHARED = 76 * 1024  # bytes at most of a block of the main kernel, with what CUDA keeps for itself
 HOPPER = 132, 233_472  # multiprocessors, bytes of shared memory in each
 MERGED = 64  # partial results that the merge reads at a time
+MERGES_PER_SM = 4  # programs, so many fit; where most requests have one chunk, looking is quicker than starting
 PLANNED = 16  # chunks whose requests are looked up at a time
 
 
@@ -55,7 +56,9 @@ class RaggedDecode:
         if torch.device(device).type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             sms, shared = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
-        blocks = (sms if num_sms is None else num_sms) * max(1, shared // BLOCK_SHARED)
+        sms = sms if num_sms is None else num_sms
+        blocks = sms * max(1, shared // BLOCK_SHARED)
+        self._max_merges = MERGES_PER_SM * sms
         self.num_layers, self.max_requests = num_layers, max_requests
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.tile = decode_tile(head_dim)
@@ -175,18 +178,20 @@ class RaggedDecode:
             num_warps=4,
             num_stages=STAGES,
         )
-        _merge_chunks[num_requests, self.num_q_heads](
+        num_outputs = num_requests * self.num_q_heads
+        _merge_chunks[(min(num_outputs, self._max_merges),)](
             self.partial,
             self.partial_lse,
             out,
             self.first_chunk,
             layer,
+            num_outputs,
             self.max_requests + 1,
             HQ=self.num_q_heads,
             D=self.head_dim,
             BLOCK_C=MERGED,
             BLOCK_D=block_d,
-            num_warps=8,
+            num_warps=4,
         )
         return out
 
@@ -376,44 +381,48 @@ def _decode_chunks(
         tl.store(lse_ptr + slot + heads, peak + tl.log2(total), mask=g < GROUP)
 
 
-@triton.jit(do_not_specialize=["layer", "table_stride"])
+@triton.jit(do_not_specialize=["layer", "num_outputs", "table_stride"])
 def _merge_chunks(
     partial_ptr,
     lse_ptr,
     out_ptr,
     first_chunk_ptr,
     layer,
+    num_outputs,
     table_stride,
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (b, h): the chunks of a request, weighted by their sums of exponentials."""
-    request = tl.program_id(0)
-    head = tl.program_id(1)
+    """Output ``request * HQ + head``: the request's chunks, weighted by their sums of exponentials.
+
+    What has one chunk is written already; what has none is zero.
+    """
     first_chunk_ptr += layer.to(tl.int64) * table_stride
-    first = tl.load(first_chunk_ptr + request)
-    end = tl.load(first_chunk_ptr + request + 1)
-    if end - first == 1:
-        return  # written already
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
-    peak = -float("inf")
-    total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first, end, BLOCK_C):
-        mine = start + c < end
-        slot = (start + c).to(tl.int64) * HQ + head  # [BLOCK_C]
-        lse = tl.load(lse_ptr + slot, mask=mine, other=-float("inf"))
-        mask = mine[:, None] & (d < D)[None, :]
-        partial = tl.load(partial_ptr + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
-        peak_now = tl.maximum(peak, tl.max(lse, 0))
-        weights = tl.exp2(lse - peak_now)
-        keep = tl.exp2(peak - peak_now)
-        total = total * keep + tl.sum(weights, 0)
-        acc = acc * keep + tl.sum(weights[:, None] * partial, 0)
-        peak = peak_now
-    acc = acc / tl.where(end > first, total, 1.0)
-    out_ptr += (request.to(tl.int64) * HQ + head) * D
-    tl.store(out_ptr + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+    for output in range(tl.program_id(0), num_outputs, tl.num_programs(0)):
+        request = output // HQ
+        head = output % HQ
+        first = tl.load(first_chunk_ptr + request)
+        end = tl.load(first_chunk_ptr + request + 1)
+        if end - first != 1:
+            peak = -float("inf")
+            total = 0.0
+            acc = tl.zeros([BLOCK_D], tl.float32)
+            for start in range(first, end, BLOCK_C):
+                mine = start + c < end
+                slot = (start + c).to(tl.int64) * HQ + head  # [BLOCK_C]
+                lse = tl.load(lse_ptr + slot, mask=mine, other=-float("inf"))
+                mask = mine[:, None] & (d < D)[None, :]
+                partial = tl.load(partial_ptr + slot[:, None] * D + d[None, :], mask=mask, other=0.0)
+                peak_now = tl.maximum(peak, tl.max(lse, 0))
+                weights = tl.exp2(lse - peak_now)
+                keep = tl.exp2(peak - peak_now)
+                total = total * keep + tl.sum(weights, 0)
+                acc = acc * keep + tl.sum(weights[:, None] * partial, 0)
+                peak = peak_now
+            acc = acc / tl.where(end > first, total, 1.0)
+            at = tl.cast(output, tl.int64) * D + d
+            tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -36,7 +36,8 @@ def ragged_extend(
         out: ``[T, Hq, D]`` contiguous, in q's dtype.
 
     Returns:
-        ``[T, Hq, D]``; zeros for queries that see no row, which only requests with n < E have.
+        ``[T, Hq, D]``; zeros for queries that see no row, which only requests with n < E have. Tokens
+        of no request, behind the last, are left as they are.
     """
     out = check_attention(q, k_cells, v_cells, indices, out)
     num_requests = qo_indptr.shape[0] - 1
