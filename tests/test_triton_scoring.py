@@ -189,6 +189,15 @@ def test_what_is_not_a_number_sorts_as_in_torch():
         assert torch.equal(selection.select_rows(scores, tier, [num_kept]), expected)
 
 
+@twins("compaction")
+@pytest.mark.parametrize("n", [2, 15, 16, 17, 18, 31, 32, 33, 34, 49])
+def test_a_bucket_is_read_to_its_end(kernel, n):
+    """Of one row, whatever the size of the pieces it is read in."""
+    x = torch.arange(n, dtype=torch.float32).view(n, 1, 1)
+    rows = kernel.gather_rows(x, x * 2, torch.arange(n), torch.tensor([[0]]), [1], 0, True)
+    assert rows.flatten().tolist() == [(n - 1) / 2, n - 1]
+
+
 def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(*shape, dtype=dtype)
 
