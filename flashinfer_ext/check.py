@@ -42,7 +42,9 @@ class Batch:
     Layer l's part of ``indices`` begins at ``l * capacity``.
     """
 
-    def __init__(self, heads: Heads, batch_size: int, kv_dtype: torch.dtype, seed: int, capacity: int) -> None:
+    def __init__(
+        self, heads: Heads, batch_size: int, kv_dtype: torch.dtype, seed: int, capacity: int
+    ) -> None:
         self.rng, self.batch_size, self.capacity = random.Random(seed), batch_size, capacity
         generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -54,7 +56,9 @@ class Batch:
         storage = normal(2, num_cells, heads.num_kv_heads, heads.head_dim).to(kv_dtype)
         self.k_cells, self.v_cells = storage
         total = LAYERS * capacity
-        self.indices = torch.randint(num_cells, (total,), generator=generator, device="cuda", dtype=torch.int32)
+        self.indices = torch.randint(
+            num_cells, (total,), generator=generator, device="cuda", dtype=torch.int32
+        )
         self.indptr = torch.zeros(LAYERS, batch_size + 1, dtype=torch.int32, device="cuda")
         self.lengths: list[list[int]] = []
 
@@ -64,7 +68,8 @@ class Batch:
 
         def layer(kind: int) -> list[int]:
             longest = (share, share, min(130, share), 2 * share // 3, 1)[kind % 5]
-            drawn = [longest if kind == 0 else self.rng.randint(0 if empty else 1, longest) for _ in range(self.batch_size)]
+            shortest = longest if kind == 0 else 0 if empty else 1
+            drawn = [self.rng.randint(shortest, longest) for _ in range(self.batch_size)]
             if kind == 3:  # one request has nearly everything
                 drawn = [min(n, 1 if not empty else self.rng.randint(0, 1)) for n in drawn]
                 drawn[self.rng.randrange(self.batch_size)] = self.capacity - self.batch_size
@@ -135,7 +140,8 @@ def deviation(batch: Batch, layer: int, out: torch.Tensor) -> float:
     """The largest deviation from attention in float64, over the output's largest value."""
     k_cells, v_cells = (x.to(torch.bfloat16).cpu() for x in (batch.k_cells, batch.v_cells))
     indptr, indices = batch.indptr[layer].cpu(), batch.indices.cpu()
-    exact = reference.ragged_decode(batch.q[layer].cpu(), k_cells, v_cells, indptr, indices, batch.q.shape[-1] ** -0.5)
+    q = batch.q[layer].cpu()
+    exact = reference.ragged_decode(q, k_cells, v_cells, indptr, indices, q.shape[-1] ** -0.5)
     return ((out.double().cpu() - exact).abs().max() / exact.abs().max().clamp_min(1e-3)).item()
 
 
@@ -143,15 +149,26 @@ def check_decode(shape: tuple, batch_size: int) -> dict[str, Any]:
     """One shape at one batch size; every value of the result that is a bool must be true."""
     num_q_heads, num_kv_heads, head_dim, kv_dtype, tensor_cores = shape
     decode = RaggedDecode(
-        *(LAYERS, batch_size, num_q_heads, num_kv_heads, head_dim, torch.bfloat16, kv_dtype, "cuda", tensor_cores)
+        *(
+            LAYERS,
+            batch_size,
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            torch.bfloat16,
+            kv_dtype,
+            "cuda",
+            tensor_cores,
+        )
     )
     capacity = max(6000, 40 * batch_size)
     batch = Batch(decode.heads, batch_size, kv_dtype, seed=batch_size, capacity=capacity)
     floats = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
     result: dict[str, Any] = dict(
         **dict(q_heads=num_q_heads, kv_heads=num_kv_heads, head_dim=head_dim, kv_dtype=str(kv_dtype)),
-        **dict(kernels="tensor cores" if decode.use_tensor_cores else "CUDA cores", batch_size=batch_size, num_sms=decode.grid.num_sms),
-        **dict(num_blocks_per_sm=decode.grid.num_blocks_per_sm, num_blocks=decode.layout(batch_size).num_blocks),
+        **dict(kernels="tensor cores" if decode.use_tensor_cores else "CUDA cores", batch_size=batch_size),
+        **vars(decode.grid),
+        **dict(num_blocks=decode.layout(batch_size).num_blocks),
         **dict(plan_info_equal=True, plans_equal=True, outputs_equal=True, plans_compared=0, deviation=0.0),
     )
     out = torch.full_like(batch.q, torch.nan)
@@ -185,7 +202,9 @@ def check_decode(shape: tuple, batch_size: int) -> dict[str, Any]:
     return result
 
 
-def compare(decode: RaggedDecode, batch: Batch, out: torch.Tensor, floats: torch.Tensor, result: dict[str, Any]) -> None:
+def compare(
+    decode: RaggedDecode, batch: Batch, out: torch.Tensor, floats: torch.Tensor, result: dict[str, Any]
+) -> None:
     """Plans and outputs of a batch that has been run, against FlashInfer's; into ``result``."""
     layout = decode.layout(batch.batch_size)
     ours = decode.int_workspace.cpu()
@@ -203,7 +222,9 @@ def compare(decode: RaggedDecode, batch: Batch, out: torch.Tensor, floats: torch
         result["plans_equal"] &= arrays(layout, ours[i], batch.batch_size, chunks) == arrays(
             layout, theirs, batch.batch_size, chunks
         )
-        theirs = wrapper.run(batch.q[i], (batch.k_cells.unsqueeze(1), batch.v_cells.unsqueeze(1)), enable_pdl=False)
+        theirs = wrapper.run(
+            batch.q[i], (batch.k_cells.unsqueeze(1), batch.v_cells.unsqueeze(1)), enable_pdl=False
+        )
         result["outputs_equal"] &= torch.equal(out[i], theirs)
         result["plans_compared"] += 1
 
@@ -214,7 +235,8 @@ def check_extend(shape: tuple) -> dict[str, Any]:
     extend = RaggedExtend(num_q_heads, num_kv_heads, head_dim, torch.bfloat16, kv_dtype, "cuda")
     batch = Batch(extend.heads, 4, kv_dtype, seed=1, capacity=4000)
     rows = torch.tensor([0, 3, 4, 104, 141], dtype=torch.int32)
-    lengths = torch.tensor([[3, 700, 1100, 40], [900, 1, 100, 38], [3, 700, 1100, 40], [900, 1, 100, 38], [30] * 2 + [900] * 2])
+    even, odd = [3, 700, 1100, 40], [900, 1, 100, 38]
+    lengths = torch.tensor([even, odd, even, odd, [30, 30, 900, 900]])
     begin = batch.capacity * torch.arange(LAYERS)[:, None]
     indptr = torch.cat([begin, begin + lengths.cumsum(1)], 1).int()
     q = torch.randn(int(rows[-1]), num_q_heads, head_dim, device="cuda").bfloat16()
@@ -222,9 +244,17 @@ def check_extend(shape: tuple) -> dict[str, Any]:
     k_cells, v_cells = (x.to(torch.bfloat16).cpu() for x in (batch.k_cells, batch.v_cells))
     for i in range(LAYERS):
         out = extend.run(i, q, batch.k_cells, batch.v_cells, rows.cuda(), indptr.cuda(), batch.indices, scale)
-        exact = reference.ragged_extend(q.cpu(), k_cells, v_cells, rows, indptr[i], batch.indices.cpu(), scale)
+        exact = reference.ragged_extend(
+            q.cpu(), k_cells, v_cells, rows, indptr[i], batch.indices.cpu(), scale
+        )
         worst = max(worst, ((out.double().cpu() - exact).abs().max() / exact.abs().max()).item())
-    kind = dict(kernels="extend", q_heads=num_q_heads, kv_heads=num_kv_heads, head_dim=head_dim, kv_dtype=str(kv_dtype))
+    kind = dict(
+        kernels="extend",
+        q_heads=num_q_heads,
+        kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        kv_dtype=str(kv_dtype),
+    )
     return kind | dict(plans_shared=plans == 3, deviation=worst, close=worst < 0.02)
 
 
@@ -252,7 +282,12 @@ def attempt(check: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     try:
         result = check(*args)
     except Exception as error:  # reported, and fails the run
-        return {"ok": False, "check": check.__name__, "args": str(args), "error": f"{type(error).__name__}: {error}"}
+        return {
+            "ok": False,
+            "check": check.__name__,
+            "args": str(args),
+            "error": f"{type(error).__name__}: {error}",
+        }
     return result | {"ok": all(value for value in result.values() if isinstance(value, bool))}
 
 

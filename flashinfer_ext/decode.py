@@ -20,7 +20,9 @@ EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
 ALIGNMENT = 256  # of a layer's int workspace
 
 
-def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> Heads:
+def check_heads(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, q_dtype: torch.dtype, kv_dtype: torch.dtype
+) -> Heads:
     """The shape, once FlashInfer's kernels are known to take it.
 
     Raises:
@@ -35,6 +37,46 @@ def check_heads(num_q_heads: int, num_kv_heads: int, head_dim: int, q_dtype: tor
     if head_dim not in (64, 128, 256):
         raise ValueError(f"head_dim is 64, 128 or 256, not {head_dim}")
     return Heads(num_q_heads, num_kv_heads, head_dim)
+
+
+def check_operands(
+    heads: Heads,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    q: torch.Tensor,
+    k_cells: torch.Tensor,
+    v_cells: torch.Tensor,
+    integers: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+) -> None:
+    """That FlashInfer's kernels, which look at neither shapes nor strides, stay inside these tensors.
+
+    Args:
+        dtypes: of q and of the cells, as planned.
+        integers: the index arrays.
+
+    Raises:
+        ValueError: they do not.
+    """
+    q_dtype, kv_dtype = dtypes
+    cell = (heads.num_kv_heads, heads.head_dim)
+    if q.dim() != 3 or q.shape[1:] != (heads.num_q_heads, heads.head_dim) or q.stride(2) != 1:
+        raise ValueError(
+            f"q is [rows, {heads.num_q_heads}, {heads.head_dim}], not {tuple(q.shape)} {q.stride()}"
+        )
+    if k_cells.shape != v_cells.shape or k_cells.stride() != v_cells.stride():
+        raise ValueError("k_cells and v_cells have equal shapes and strides: one id addresses a row in both")
+    if k_cells.dim() != 3 or k_cells.shape[1:] != cell or k_cells.stride(2) != 1:
+        raise ValueError(
+            f"cells are [num_cells, {heads.num_kv_heads}, {heads.head_dim}], not {tuple(k_cells.shape)}"
+        )
+    if q.dtype != q_dtype or k_cells.dtype != kv_dtype or v_cells.dtype != kv_dtype:
+        raise ValueError(
+            f"this object is for {q_dtype} queries and {kv_dtype} cells, not {q.dtype}, {k_cells.dtype}"
+        )
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ValueError(f"out is contiguous, {tuple(q.shape)} and {q.dtype}")
+    if any(x.dtype != torch.int32 or x.stride(-1) != 1 for x in integers):
+        raise ValueError("index arrays are contiguous int32")
 
 
 class RaggedDecode:
@@ -125,7 +167,9 @@ class RaggedDecode:
         if float_workspace_bytes is None:
             float_workspace_bytes = need
         elif float_workspace_bytes < need:
-            raise ValueError(f"float_workspace_bytes {float_workspace_bytes}: {max_requests} requests need {need}")
+            raise ValueError(
+                f"float_workspace_bytes {float_workspace_bytes}: {max_requests} requests need {need}"
+            )
         int_bytes = max(layout.int_bytes for layout in ends)
         int_bytes = -(-int_bytes // ALIGNMENT) * ALIGNMENT
         self._floats = torch.empty(float_workspace_bytes, dtype=torch.uint8, device=device)
@@ -193,17 +237,20 @@ class RaggedDecode:
 
         Returns:
             ``[B, Hq, D]``.
+
+        Raises:
+            ValueError: a shape, stride or dtype that the kernels would read or write beyond.
         """
         if self._module is None:
             raise RuntimeError(f"FlashInfer has no kernels for {self.device}; this object can only plan")
         batch_size = q.shape[0]
         layout = self.layout(batch_size)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-        assert q.shape[1:] == (self.heads.num_q_heads, self.heads.head_dim) and q.stride(2) == 1, "q: [B, Hq, D]"
-        assert q.dtype == self._q_dtype and k_cells.dtype == v_cells.dtype == self._kv_dtype, "other dtypes were planned"
-        assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous(), "out: like q, contiguous"
-        assert k_cells.stride() == v_cells.stride() and k_cells.stride(2) == 1, "k_cells, v_cells: equal strides"
-        assert indptr.shape == (self.num_layers, batch_size + 1) and indptr.dtype == indices.dtype == torch.int32
+        check_operands(
+            self.heads, (self._q_dtype, self._kv_dtype), q, k_cells, v_cells, (indptr, indices), out
+        )
+        if indptr.shape != (self.num_layers, batch_size + 1):
+            raise ValueError(f"indptr is [{self.num_layers}, {batch_size + 1}], not {tuple(indptr.shape)}")
         workspaces = self._floats, self._ints[layer], layout.plan_info
         cells = k_cells.unsqueeze(1), v_cells.unsqueeze(1)  # NHD pages of one row
         paged = indptr[layer], indices, self._last_page_len[:batch_size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import upstream
-from .decode import check_heads
+from .decode import check_heads, check_operands
 
 
 class RaggedExtend:
@@ -46,6 +46,7 @@ class RaggedExtend:
         self._last_page_len = torch.ones(1, dtype=torch.int32, device=self.device)
         self._plan_infos: list[list[int]] = []
         self._plan_of_layer: list[int] = []
+        self._num_rows = 0
 
     def _bytes(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -84,7 +85,9 @@ class RaggedExtend:
             per_plan = -(-max(int_bytes, self._ints.shape[1]) // 256) * 256
             count = max(len(distinct), self._ints.shape[0])
             self._ints = self._bytes(count, per_plan)
-            self._pinned = torch.empty(count, per_plan, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            self._pinned = torch.empty(
+                count, per_plan, dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            )
         if batch_size > len(self._last_page_len):
             self._last_page_len = torch.ones(batch_size, dtype=torch.int32, device=self.device)
         self._plan_infos = [
@@ -92,7 +95,7 @@ class RaggedExtend:
             for i, a in enumerate(arguments)
         ]
         self._copied.record()
-        self._plan_of_layer = plan_of_layer.tolist()
+        self._plan_of_layer, self._num_rows = plan_of_layer.tolist(), num_rows
         return len(distinct)
 
     def run(
@@ -124,14 +127,18 @@ class RaggedExtend:
 
         Returns:
             ``[nnz_q, Hq, D]``.
+
+        Raises:
+            ValueError: a shape, stride or dtype that the kernels would read or write beyond, or
+                ``plan`` was of another batch.
         """
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-        assert q.shape[1:] == (self.heads.num_q_heads, self.heads.head_dim) and q.stride(2) == 1, "q: [nnz_q, Hq, D]"
-        assert q.dtype == self._q_dtype and k_cells.dtype == v_cells.dtype == self._kv_dtype, "other dtypes were planned"
-        assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous(), "out: like q, contiguous"
-        assert k_cells.stride() == v_cells.stride() and k_cells.stride(2) == 1, "k_cells, v_cells: equal strides"
-        assert qo_indptr.dtype == indptr.dtype == indices.dtype == torch.int32
+        integers = qo_indptr, indptr, indices
+        check_operands(self.heads, (self._q_dtype, self._kv_dtype), q, k_cells, v_cells, integers, out)
         batch_size, plan = len(qo_indptr) - 1, self._plan_of_layer[layer]
+        if indptr.shape != (len(self._plan_of_layer), batch_size + 1) or len(q) != self._num_rows:
+            planned = f"{len(self._plan_of_layer)} layers and {self._num_rows} query rows"
+            raise ValueError(f"{planned} were planned, not {tuple(indptr.shape)} and {len(q)}")
         self._module.paged_run(
             *(self._floats, self._ints[plan], self._plan_infos[plan]),
             *(q, k_cells.unsqueeze(1), v_cells.unsqueeze(1)),

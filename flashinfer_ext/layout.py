@@ -131,7 +131,18 @@ def cuda_core_layout(batch_size: int, heads: Heads, grid: Grid) -> Layout:
         v = floats.take(4 * heads.num_q_heads * num_blocks * heads.head_dim)
         s = floats.take(4 * heads.num_q_heads * num_blocks)
         mask = ints.take(num_blocks)
-    plan_info = (num_blocks, v, s, request_indices, kv_tile_indices, o_indptr, mask, kv_chunk_size, 1, int(split_kv))
+    plan_info = (
+        num_blocks,
+        v,
+        s,
+        request_indices,
+        kv_tile_indices,
+        o_indptr,
+        mask,
+        kv_chunk_size,
+        1,
+        int(split_kv),
+    )
     return Layout(
         plan_info=plan_info,
         num_blocks=num_blocks,

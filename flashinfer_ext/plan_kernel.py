@@ -131,12 +131,18 @@ def plan_layers(indptr: torch.Tensor, int_workspace: torch.Tensor, layout: Layou
         int_workspace: ``[L, n]`` uint8, contiguous, ``n`` a multiple of 16 and at least
             ``layout.int_bytes``: row l becomes layer l's FlashInfer int workspace.
         layout: of batches of B requests.
+
+    Raises:
+        ValueError: another dtype, or the workspace is too small.
     """
     num_layers, batch_size = indptr.shape[0], indptr.shape[1] - 1
-    assert indptr.dtype == torch.int32 and indptr.stride(1) == 1, "indptr: int32, contiguous rows"
-    assert int_workspace.dtype == torch.uint8 and int_workspace.is_contiguous()
-    if int_workspace.shape[0] < num_layers or int_workspace.shape[1] < layout.int_bytes or int_workspace.shape[1] % 16:
-        raise ValueError(f"the int workspace {tuple(int_workspace.shape)} holds no {num_layers} plans of {layout.int_bytes} bytes")
+    if indptr.dtype != torch.int32 or indptr.stride(1) != 1:
+        raise ValueError("indptr is int32 with contiguous rows")
+    rows, row_bytes = int_workspace.shape
+    if int_workspace.dtype != torch.uint8 or not int_workspace.is_contiguous() or row_bytes % 16:
+        raise ValueError("the int workspace is contiguous uint8 with rows of a multiple of 16")
+    if rows < num_layers or row_bytes < layout.int_bytes:
+        raise ValueError(f"{rows} times {row_bytes} bytes hold no {num_layers} plans of {layout.int_bytes}")
     tensor_cores = layout.qo_tile_indices >= 0
     block_b = max(16, triton.next_power_of_2(batch_size))
     _plan_kernel[(triton.cdiv(layout.num_blocks, TILES), num_layers)](

@@ -92,12 +92,23 @@ def tensor_core_plan(lengths: list[int], heads: Heads, grid: Grid) -> Plan:
     padded = max(max_batch_size_if_split, total_tiles_q)
     return Plan(
         *(padded, True, low, request_indices, kv_tile_indices, o_indptr),
-        *([i < len(request_indices) for i in range(padded)], tile, qo_tile_indices, merge_indptr, len(lengths)),
+        *(
+            [i < len(request_indices) for i in range(padded)],
+            tile,
+            qo_tile_indices,
+            merge_indptr,
+            len(lengths),
+        ),
     )
 
 
 def ragged_decode(
-    q: torch.Tensor, k_cells: torch.Tensor, v_cells: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k_cells: torch.Tensor,
+    v_cells: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     """One query row per request over that request's cells, in float64.
 

@@ -19,21 +19,25 @@ NHD = 0  # flashinfer.utils.TensorLayout
 NO_POSITIONS = 0  # flashinfer.utils.PosEncodingMode.NONE: keys are stored with their positions applied
 NO_WINDOW = -1
 
-RUN_ARGUMENTS = (
-    *("float_workspace_buffer", "int_workspace_buffer", "plan_info_vec", "q", "paged_k_cache", "paged_v_cache"),
-    *("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "o", "maybe_lse", "kv_layout_code"),
-    *("window_left", "enable_pdl", "alibi_slopes", "logits_soft_cap", "sm_scale", "rope_scale", "rope_theta"),
+RUN_ARGUMENTS = tuple(
+    """
+    float_workspace_buffer int_workspace_buffer plan_info_vec q paged_k_cache paged_v_cache
+    paged_kv_indptr paged_kv_indices paged_kv_last_page_len o maybe_lse
+    kv_layout_code window_left enable_pdl alibi_slopes logits_soft_cap sm_scale rope_scale rope_theta
+    """.split()
 )
 """Of ``flashinfer.decode.get_batch_decode_module(...).run``, in order."""
 
-PAGED_RUN_ARGUMENTS = (
-    *("float_workspace_buffer", "int_workspace_buffer", "plan_info_vec", "q", "paged_k_cache", "paged_v_cache"),
-    *("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "o", "maybe_lse", "mask_mode"),
-    *("layout", "window_left", "enable_pdl", "maybe_custom_mask", "maybe_mask_indptr", "maybe_alibi_slopes"),
-    *("maybe_prefix_len_ptr", "maybe_token_pos_in_items_ptr", "maybe_max_item_len_ptr", "logits_soft_cap", "sm_scale"),
-    *("scale_q", "scale_k", "scale_v", "rope_scale", "rope_theta", "token_pos_in_items_len", "workspace_size"),
+PAGED_RUN_ARGUMENTS = tuple(
+    """
+    float_workspace_buffer int_workspace_buffer plan_info_vec q paged_k_cache paged_v_cache
+    qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len o maybe_lse
+    mask_mode layout window_left enable_pdl maybe_custom_mask maybe_mask_indptr maybe_alibi_slopes
+    maybe_prefix_len_ptr maybe_token_pos_in_items_ptr maybe_max_item_len_ptr logits_soft_cap sm_scale
+    scale_q scale_k scale_v rope_scale rope_theta token_pos_in_items_len workspace_size
+    """.split()
 )
-"""Of ``flashinfer.prefill.get_batch_prefill_module("fa2", ...).paged_run``, in order; those behind have defaults."""
+"""Of ``flashinfer.prefill.get_batch_prefill_module("fa2", ...).paged_run``; those behind have defaults."""
 
 
 def check(device: torch.device) -> str:
@@ -48,12 +52,14 @@ def check(device: torch.device) -> str:
     try:
         import flashinfer
     except ImportError as error:
-        raise RuntimeError(f"flashinfer_ext needs flashinfer-python {supported}, which is not installed") from error
+        raise RuntimeError(
+            f"flashinfer_ext needs flashinfer-python {supported}, which is not installed"
+        ) from error
     version = flashinfer.__version__
     if version.split("+")[0] not in SUPPORTED_VERSIONS:
         raise RuntimeError(
-            f"flashinfer_ext writes the plans of flashinfer-python {supported}; {version} is installed and may lay "
-            "them out differently. Install a supported version, or use FlashInfer's own wrappers."
+            f"flashinfer_ext writes the plans of flashinfer-python {supported}; {version} is installed and may "
+            "lay them out differently. Install a supported version, or use FlashInfer's own wrappers."
         )
     return version
 

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from flashinfer_ext import RaggedDecode, RaggedExtend, reference, upstream
-from flashinfer_ext.layout import DECODE_GROUP_SIZES, Grid, Heads, Layout, cuda_core_layout, tensor_core_layout
+from flashinfer_ext.layout import (
+    DECODE_GROUP_SIZES,
+    Grid,
+    Heads,
+    Layout,
+    cuda_core_layout,
+    tensor_core_layout,
+)
 from flashinfer_ext.plan_kernel import plan_layers
 from tests.flashinfer_planner import SENTINEL, Planner, why_not
 
@@ -36,8 +43,16 @@ REFERENCES = {False: reference.cuda_core_plan, True: reference.tensor_core_plan}
 class Case:
     """A batch over several layers."""
 
-    def __init__(self, name: str, tensor_cores: bool, heads: Heads, grid: Grid, lengths: list[list[int]]) -> None:
-        self.name, self.tensor_cores, self.heads, self.grid, self.lengths = name, tensor_cores, heads, grid, lengths
+    def __init__(
+        self, name: str, tensor_cores: bool, heads: Heads, grid: Grid, lengths: list[list[int]]
+    ) -> None:
+        self.name, self.tensor_cores, self.heads, self.grid, self.lengths = (
+            name,
+            tensor_cores,
+            heads,
+            grid,
+            lengths,
+        )
 
     def __str__(self) -> str:
         kind = "tensor" if self.tensor_cores else "cuda"
@@ -53,7 +68,10 @@ class Case:
 SHAPES = [
     ("B1-huge", [[200_000], [0], [128], [129], [131_072]]),
     ("B64-equal", [[900] * 64, [1] * 64, [128] * 64]),
-    ("uneven", [[30_000, 3, 800, 128, 1], [1, 1, 1, 1, 1], [5, 40_000, 129, 256, 257], [64, 64, 64, 64, 90_000]]),
+    (
+        "uneven",
+        [[30_000, 3, 800, 128, 1], [1, 1, 1, 1, 1], [5, 40_000, 129, 256, 257], [64, 64, 64, 64, 90_000]],
+    ),
     ("below-chunk", [[1, 2, 127, 64, 128, 3, 9, 100], [128] * 8]),
     ("zeros", [[0, 0, 0], [0, 7, 0], [0, 0, 9000], [500, 0, 0]]),
     ("B64-empty", [[0] * 64, [0] * 63 + [5]]),
@@ -104,13 +122,15 @@ def indptr_of(lengths: list[list[int]]) -> torch.Tensor:
 def planned(case: Case) -> torch.Tensor:
     """``[L + 1, n]``: the int workspace after planning, poisoned before, one layer and 48 bytes too large."""
     layout = case.layout()
-    ints = torch.full((len(case.lengths) + 1, -(-layout.int_bytes // 16) * 16 + 48), SENTINEL, dtype=torch.uint8)
+    ints = torch.full(
+        (len(case.lengths) + 1, -(-layout.int_bytes // 16) * 16 + 48), SENTINEL, dtype=torch.uint8
+    )
     plan_layers(indptr_of(case.lengths), ints, layout)
     return ints
 
 
 def written(layout: Layout, plan: reference.Plan, like: torch.Tensor) -> torch.Tensor:
-    """The bytes of one layer's workspace that holds ``plan`` and is poisoned elsewhere; unused list entries are 0."""
+    """The bytes of one layer's workspace that holds ``plan``, poisoned elsewhere; unused list entries are 0."""
     ints = torch.full_like(like, SENTINEL)
 
     def put(offset: int, values: list[int], dtype: torch.dtype = torch.int32) -> None:
@@ -158,7 +178,9 @@ def check_every_row_once(case: Case, layer: int, ints: torch.Tensor) -> None:
     total = at(layout.o_indptr, len(case.lengths[layer]) + 1)[-1]
     assert total <= layout.num_blocks
     chunks = [(r, t) for r, n in enumerate(case.lengths[layer]) for t in range(-(-max(n, 1) // chunk))]
-    assert list(zip(at(layout.request_indices, total), at(layout.kv_tile_indices, total), strict=True)) == chunks
+    assert (
+        list(zip(at(layout.request_indices, total), at(layout.kv_tile_indices, total), strict=True)) == chunks
+    )
     mask = ints[layer, layout.block_valid_mask :][: layout.num_blocks]
     assert mask.tolist() == [i < total for i in range(layout.num_blocks)]
 
@@ -173,7 +195,10 @@ def test_device_plans_are_the_references_on_random_batches():
 
 
 def test_empty_requests_that_overflow_upstream_fit_here():
-    grid, lengths = Grid(8, 4), [[0] * 3 + [50_000, 700, 0], [0, 20_000, 0, 20_000, 0, 0]]  # 2 tiles per KV head of 16
+    grid, lengths = (
+        Grid(8, 4),
+        [[0] * 3 + [50_000, 700, 0], [0, 20_000, 0, 20_000, 0, 0]],
+    )  # 2 tiles per KV head of 16
     case = Case("overflow", False, Heads(4, 4, 64), grid, lengths)
     assert [plan.overflows for plan in case.expected()] == [True, True]
     assert check_device_plan(case) == 0
@@ -187,18 +212,28 @@ def planner(tmp_path_factory) -> Planner:
     return Planner(tmp_path_factory.mktemp("planner"))
 
 
-def check_flashinfers_plan(planner: Planner, case: Case, plans: list[reference.Plan], ints: torch.Tensor | None) -> int:
+def check_flashinfers_plan(
+    planner: Planner, case: Case, plans: list[reference.Plan], ints: torch.Tensor | None
+) -> int:
     """Layers that FlashInfer's planner plans as the reference does and, given ``ints``, as the device did."""
     layout, compared = case.layout(), 0
     for layer, (lengths, plan) in enumerate(zip(case.lengths, plans, strict=True)):
-        theirs = planner.plan(case.tensor_cores, lengths, case.heads, case.grid, layout.int_bytes, layout.float_bytes)
+        theirs = planner.plan(
+            case.tensor_cores, lengths, case.heads, case.grid, layout.int_bytes, layout.float_bytes
+        )
         assert theirs.plan_info == list(layout.plan_info)
         if plan.overflows:
             continue
         size = layout.int_bytes
-        unused = 4 * (plan.padded_batch_size - len(plan.request_indices))  # bytes at a list's end, which they do not write
+        unused = 4 * (
+            plan.padded_batch_size - len(plan.request_indices)
+        )  # bytes at a list's end, which they do not write
         lists = [layout.request_indices, layout.kv_tile_indices, layout.qo_tile_indices]
-        for ours in [written(layout, plan, theirs.ints[:size])] + ([ints[layer, :size].clone()] if ints is not None else []):
+        ours_twice = [
+            written(layout, plan, theirs.ints[:size]),
+            *([] if ints is None else [ints[layer, :size].clone()]),
+        ]
+        for ours in ours_twice:
             for end in (begin + 4 * plan.padded_batch_size for begin in lists if begin >= 0):
                 ours[end - unused : end] = SENTINEL
             assert torch.equal(theirs.ints[:size], ours), (str(case), layer)
@@ -246,14 +281,26 @@ def test_the_workspace_tells_the_occupancy(num_sms, num_blocks_per_sm):
 def test_larger_batches_never_need_less_than_what_is_allocated():
     for tensor_cores, heads in KINDS:
         decode = RaggedDecode(
-            *(2, 70, heads.num_q_heads, heads.num_kv_heads, heads.head_dim, torch.bfloat16, torch.bfloat16, "cpu"),
+            *(
+                2,
+                70,
+                heads.num_q_heads,
+                heads.num_kv_heads,
+                heads.head_dim,
+                torch.bfloat16,
+                torch.bfloat16,
+                "cpu",
+            ),
             use_tensor_cores=tensor_cores,
             num_sms=20,
             num_blocks_per_sm=3,
         )
         for batch_size in range(1, 71):
             layout = decode.layout(batch_size)
-            assert layout.int_bytes <= decode.int_workspace.shape[1] and layout.float_bytes <= decode._floats.numel()
+            assert (
+                layout.int_bytes <= decode.int_workspace.shape[1]
+                and layout.float_bytes <= decode._floats.numel()
+            )
 
 
 class Kernels:
@@ -284,8 +331,8 @@ class Kernels:
         a = dict(zip(upstream.PAGED_RUN_ARGUMENTS, args, strict=True))
         assert (a["mask_mode"], a["layout"], a["window_left"], a["enable_pdl"]) == (0, 0, -1, False)
         assert a["workspace_size"] == a["float_workspace_buffer"].numel()
-        keys = "blocks rows total_rows tile_q request_indices qo_tile_indices kv_tile_indices merge_indptr o_indptr"
-        info = dict(zip(f"{keys} chunk v s mask graph split".split(), a["plan_info_vec"], strict=True))
+        keys = "blocks rows total_rows tile_q request_indices qo_tile_indices kv_tile_indices merge_indptr"
+        info = dict(zip(f"{keys} o_indptr chunk v s mask graph split".split(), a["plan_info_vec"], strict=True))
         assert info["split"] == info["graph"] == 1
         num_q_heads, num_kv_heads = a["q"].shape[1], a["paged_k_cache"].shape[2]
         group, at = num_q_heads // num_kv_heads, self.reader(a)
@@ -356,7 +403,13 @@ def decode_on_emulated_kernels(heads: Heads, tensor_cores: bool | None, **option
 
 @pytest.mark.parametrize(
     "heads, tensor_cores",
-    [(Heads(14, 2, 64), None), (Heads(4, 4, 64), None), (Heads(6, 2, 64), False), (Heads(70, 1, 256), True), (Heads(16, 2, 64), True)],
+    [
+        (Heads(14, 2, 64), None),
+        (Heads(4, 4, 64), None),
+        (Heads(6, 2, 64), False),
+        (Heads(70, 1, 256), True),
+        (Heads(16, 2, 64), True),
+    ],
 )
 def test_plan_and_run_are_attention(heads, tensor_cores):
     torch.manual_seed(0)
@@ -394,7 +447,13 @@ def test_the_choice_of_kernels_is_sglangs():
 
 def make(**changes: object) -> RaggedDecode:
     options = dict(
-        *(zip("num_layers max_requests num_q_heads num_kv_heads head_dim".split(), (2, 4, 28, 4, 128), strict=True),),
+        *(
+            zip(
+                "num_layers max_requests num_q_heads num_kv_heads head_dim".split(),
+                (2, 4, 28, 4, 128),
+                strict=True,
+            ),
+        ),
         **dict(q_dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device="cpu", num_sms=8, num_blocks_per_sm=1),
     )
     return RaggedDecode(**options | changes)
@@ -426,10 +485,41 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match=r"\[2, B \+ 1\]"):
         decode.plan(torch.zeros(3, 3, dtype=torch.int32))
     layout = decode.layout(4)
-    with pytest.raises(ValueError, match="holds no"):
-        plan_layers(torch.zeros(2, 5, dtype=torch.int32), decode.int_workspace, replace(layout, int_bytes=1 << 20))
+    with pytest.raises(ValueError, match="hold no"):
+        plan_layers(
+            torch.zeros(2, 5, dtype=torch.int32), decode.int_workspace, replace(layout, int_bytes=1 << 20)
+        )
+    with pytest.raises(ValueError, match="int32"):
+        decode.plan(torch.zeros(2, 5, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="can only plan"):
         decode.run(0, *(torch.zeros(1, 28, 128),) * 3, *(torch.zeros(2, 2, dtype=torch.int32),) * 2, 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(q=torch.zeros(3, 14, 128).half()), "q is"),
+        (dict(q=torch.zeros(3, 64, 14).half().transpose(1, 2)), "q is"),
+        (dict(q=torch.zeros(3, 14, 64).bfloat16()), "bfloat16, "),
+        (dict(k_cells=torch.zeros(9, 4, 64).half()[:, ::2]), "strides"),
+        (dict(v_cells=torch.zeros(8, 2, 64).half()), "shapes"),
+        (dict(k_cells=torch.zeros(9, 1, 64).half(), v_cells=torch.zeros(9, 1, 64).half()), "cells are"),
+        (dict(indptr=torch.zeros(3, 5, dtype=torch.int32)), r"indptr is \[3, 4\]"),
+        (dict(indptr=torch.zeros(3, 4, dtype=torch.int64)), "int32"),
+        (dict(indices=torch.zeros(9, dtype=torch.int64)), "int32"),
+        (dict(out=torch.zeros(3, 14, 64)), "out is"),
+        (dict(out=torch.zeros(14, 3, 64).half().transpose(0, 1)), "out is"),
+    ],
+)
+def test_operands_that_the_kernels_would_leave_are_refused(changes, message):
+    decode = decode_on_emulated_kernels(Heads(14, 2, 64), None)
+    cells, indptr = torch.zeros(9, 2, 64).half(), torch.zeros(3, 4, dtype=torch.int32)
+    operands = dict(q=torch.zeros(3, 14, 64).half(), k_cells=cells, v_cells=cells, indptr=indptr)
+    operands |= dict(indices=torch.zeros(9, dtype=torch.int32), out=torch.zeros(3, 14, 64).half(), scale=1.0)
+    decode.plan(indptr)
+    assert decode.run(0, **operands).eq(0).all()
+    with pytest.raises(ValueError, match=message):
+        decode.run(0, **operands | changes)
 
 
 def test_other_versions_of_flashinfer_are_refused(monkeypatch):
@@ -460,7 +550,10 @@ def test_calls_have_flashinfers_arguments():
     assert arguments(decode.get_batch_decode_module, "run_batch_decode") == (upstream.RUN_ARGUMENTS, 19)
     names, required = arguments(prefill.get_batch_prefill_module, "paged_run")
     assert names[:required] == upstream.PAGED_RUN_ARGUMENTS
-    assert (utils.MaskMode.NON_CAUSAL.value, utils.MaskMode.CAUSAL.value) == (upstream.NON_CAUSAL, upstream.CAUSAL)
+    assert (utils.MaskMode.NON_CAUSAL.value, utils.MaskMode.CAUSAL.value) == (
+        upstream.NON_CAUSAL,
+        upstream.CAUSAL,
+    )
     assert utils.TensorLayout.NHD.value == upstream.NHD
     assert utils.PosEncodingMode.NONE.value == upstream.NO_POSITIONS
     compiled = [n for n in range(1, 33) if n in DECODE_GROUP_SIZES]
@@ -478,8 +571,12 @@ class HostPlanner:
     def workspace_size(self, floats: torch.Tensor, *args: object) -> tuple[int, int]:
         return 4096, 512 + 4 * args[4]
 
-    def plan(self, floats: torch.Tensor, ints: torch.Tensor, pinned: torch.Tensor, *args: object) -> list[int]:
-        qo_indptr, kv_indptr, kv_lengths, num_rows, batch_size, q_heads, kv_heads, page_size, graph, *rest = args
+    def plan(
+        self, floats: torch.Tensor, ints: torch.Tensor, pinned: torch.Tensor, *args: object
+    ) -> list[int]:
+        qo_indptr, kv_indptr, kv_lengths, num_rows, batch_size, q_heads, kv_heads, page_size, graph, *rest = (
+            args
+        )
         assert floats.numel() >= 4096 and ints.numel() == pinned.numel() >= 512 + 4 * batch_size
         assert kv_indptr.diff().tolist() == kv_lengths.tolist() and int(qo_indptr[-1]) == num_rows
         assert (page_size, graph, rest[2:]) == (1, False, [True, -1, -1, False, 0, 0])
@@ -488,7 +585,9 @@ class HostPlanner:
 
     def paged_run(self, *args: object) -> None:
         a = dict(zip(upstream.PAGED_RUN_ARGUMENTS, args, strict=True))
-        assert a["mask_mode"] == upstream.CAUSAL and a["workspace_size"] == a["float_workspace_buffer"].numel()
+        assert (
+            a["mask_mode"] == upstream.CAUSAL and a["workspace_size"] == a["float_workspace_buffer"].numel()
+        )
         qo_indptr, lengths, where, *_ = self.plans[a["plan_info_vec"][0]]
         assert a["int_workspace_buffer"].data_ptr() == where and a["qo_indptr"].tolist() == qo_indptr
         assert a["paged_kv_indptr"].diff().tolist() == lengths
@@ -502,7 +601,8 @@ def test_extend_plans_equal_layers_once(monkeypatch):
     module = HostPlanner()
     monkeypatch.setattr(upstream, "check", lambda device: None)
     monkeypatch.setattr(upstream, "prefill_module", lambda *args: module)
-    monkeypatch.setattr(torch.cuda, "Event", type("Event", (), {"record": lambda self: None, "synchronize": lambda self: None}))
+    nothing = dict(record=lambda self: None, synchronize=lambda self: None)
+    monkeypatch.setattr(torch.cuda, "Event", type("Event", (), nothing))
     extend = RaggedExtend(14, 2, 64, torch.float16, torch.float16, "cpu")
     torch.manual_seed(0)
     k_cells, v_cells = torch.randn(2, 90, 2, 64).half()
@@ -523,15 +623,23 @@ def test_extend_plans_equal_layers_once(monkeypatch):
             out = extend.run(layer, q, k_cells, v_cells, qo_indptr, indptr, indices, 0.1)
             exact = reference.ragged_extend(q, k_cells, v_cells, qo_indptr, indptr[layer], indices, 0.1)
             assert torch.equal(out, exact.half())
+        with pytest.raises(ValueError, match="were planned"):
+            extend.run(0, q[:0], k_cells, v_cells, qo_indptr, indptr, indices, 0.1)
 
 
 def test_the_references_attention_is_torchs():
     torch.manual_seed(0)
     q, k_cells, v_cells = torch.randn(3, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    indices, qo_indptr, indptr = torch.tensor([8, 1, 1, 0, 5]), torch.tensor([0, 0, 3]), torch.tensor([0, 0, 5])
+    indices, qo_indptr, indptr = (
+        torch.tensor([8, 1, 1, 0, 5]),
+        torch.tensor([0, 0, 3]),
+        torch.tensor([0, 0, 5]),
+    )
     k, v = (x[indices].repeat_interleave(2, 1).transpose(0, 1).double() for x in (k_cells, v_cells))
     mask = torch.ones(3, 5, dtype=torch.bool).tril(2)
-    exact = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1).double(), k, v, mask, scale=0.3)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1).double(), k, v, mask, scale=0.3
+    )
     ours = reference.ragged_extend(q, k_cells, v_cells, qo_indptr, indptr, indices, 0.3)
     torch.testing.assert_close(ours, exact.transpose(0, 1))
 

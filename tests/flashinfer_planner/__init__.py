@@ -63,13 +63,32 @@ class Planner:
         flags = ["-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", "-std=c++17", "-arch=sm_80", f"-I{headers}"]
         # Bound to its own runtime, although torch may have loaded the real one.
         sources = [HERE / "planner.cu", HERE / "runtime.cpp"]
-        command = [_nvcc(), *flags, "-shared", "-cudart", "none", "-Xcompiler", "-fPIC", "-Xlinker", "-Bsymbolic", *sources, "-o", library]
+        command = [
+            _nvcc(),
+            *flags,
+            "-shared",
+            "-cudart",
+            "none",
+            "-Xcompiler",
+            "-fPIC",
+            "-Xlinker",
+            "-Bsymbolic",
+            *sources,
+            "-o",
+            library,
+        ]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         self._library = ctypes.CDLL(str(library))
 
     def plan(
-        self, tensor_cores: bool, lengths: list[int], heads: Heads, grid: Grid, int_bytes: int, float_bytes: int
+        self,
+        tensor_cores: bool,
+        lengths: list[int],
+        heads: Heads,
+        grid: Grid,
+        int_bytes: int,
+        float_bytes: int,
     ) -> Upstream | None:
         """Plan one batch with that much workspace; None where FlashInfer raises."""
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
@@ -83,7 +102,13 @@ class Planner:
             plan = self._library.tensor_core_plan
             numbers.append(2)  # bytes of an element of the cache: 1 asks for less shared memory
         plan.restype = ctypes.c_int64
-        workspaces = [4096, float_bytes, ints.data_ptr(), pinned.data_ptr(), int_bytes]  # floats: never touched
+        workspaces = [
+            4096,
+            float_bytes,
+            ints.data_ptr(),
+            pinned.data_ptr(),
+            int_bytes,
+        ]  # floats: never touched
         pointers = [ctypes.c_void_p(offsets.data_ptr()), *map(ctypes.c_int64, numbers + workspaces)]
         count = plan(*pointers, ctypes.c_void_p(info.data_ptr()))
         return Upstream(info[:count].tolist(), ints) if count >= 0 else None
