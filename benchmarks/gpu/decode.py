@@ -26,7 +26,8 @@ def case_name(model: Model, batch: Batch, alpha: float, uneven: bool) -> str:
 
 def run(part: Part, clock: Clock) -> None:
     part.notes.append(
-        f"all layers; bytes are K, V and the index of every row; compacted requests have {OWN} tokens of their own; uneven: geometric, each layer keeps "
+        f"all layers; bytes are K, V and the index of every row; compacted requests have {OWN} tokens of their own; "
+        "uneven: geometric, each layer keeps "
         f"{UNEVEN} of the one before, in another order per request; slots are random; sets of requests "
         "rotate such that at least four times the L2 cache is read between two reads of a row; speedups "
         "are against the same engine at alpha 1, those of alpha 1 against the best stock engine here; "
@@ -102,7 +103,14 @@ def _case(
 
 
 def _ours(
-    part: Part, clock: Clock, case: str, name: str, engine: Ours, about: dict, lists: list[torch.Tensor], full: str | None
+    part: Part,
+    clock: Clock,
+    case: str,
+    name: str,
+    engine: Ours,
+    about: dict,
+    lists: list[torch.Tensor],
+    full: str | None,
 ) -> None:
     """Times a whole step, its attention and what comes before it."""
     residents, sets = engine.residents, about["sets"]

@@ -78,7 +78,7 @@ PROFILES = {
     ),
 }
 
-INSTALL = '''"""Joins the pieces beside this file, verifies them, and installs them: python3 install.py TARGET [pip's options]"""
+INSTALL = '''"""Joins the pieces beside this file, verifies and installs them: python3 install.py TARGET [pip's options]"""
 
 import hashlib
 import json
@@ -198,7 +198,7 @@ def main() -> None:
         wheels = sorted(Path(folder).glob("*.whl"))
         free = shutil.disk_usage(args.out.parent).free
         if free < 3 * (needed := sum(wheel.stat().st_size for wheel in wheels)):
-            sys.exit(f"{needed / 1e9:.1f} GB of wheels need three times as much room here; {free / 1e9:.1f} GB are free")
+            sys.exit(f"{needed / 1e9:.1f} GB of wheels need three times the room; {free / 1e9:.1f} GB are free")
         manifest = bundle(wheels, args.out, profile=args.profile, python=PYTHON, note=profile.note)
     for name in manifest["wheels"]:
         print(f"  {name}")
