@@ -1,0 +1,186 @@
+"""The attention engines under one face: build the index lists, plan, then run every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.gpu.pool import Pool, Residents
+from benchmarks.gpu.record import importable
+from benchmarks.gpu.timing import Clock
+
+OURS, OURS_FLASHINFER = "ours, Triton", "ours, FlashInfer"
+FLASHINFER, SGLANG, SDPA = "FlashInfer, stock wrapper", "SGLang, stock Triton decode", "torch SDPA"
+
+
+class Decode:
+    """One decode step's attention over all layers of one set of residents.
+
+    Attributes:
+        q, out: ``[L, B, Hq, D]``.
+        fresh: builds the index lists and plans.
+        attend: runs all layers.
+    """
+
+    def __init__(self, residents: Residents, clock: Clock) -> None:
+        self.residents, self.clock = residents, clock
+        model = self.model = residents.pool.model
+        shape = model.layers, len(residents.batch.lengths), model.q_heads, model.head_dim
+        self.q = torch.randn(shape, dtype=clock.dtype, device=clock.device)
+        self.out = torch.full_like(self.q, torch.nan)
+
+
+class Ours(Decode):
+    """Index lists and a plan on the device, all capturable."""
+
+    def __init__(self, residents: Residents, clock: Clock, flashinfer: bool = False) -> None:
+        super().__init__(residents, clock)
+        from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode, RaggedIndices
+
+        model, size = self.model, len(residents.batch.lengths)
+        heads = model.q_heads, model.kv_heads, model.head_dim
+        capacity = residents.num_rows + model.layers
+        self.lists = RaggedIndices(model.layers, size, capacity, clock.device)
+        if flashinfer:
+            from flashinfer_ext import RaggedDecode
+
+            dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
+            self.engine = RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
+        else:
+            self.engine = RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
+
+    def build(self, of_set: int) -> None:
+        at, pool = self.residents, self.residents.pool
+        arguments = at.rows[of_set], at.seq_lens[of_set], at.req_to_token, pool.cells_per_layer
+        self.indptr, self.indices = self.lists.build(at.table, *arguments)
+
+    def plan(self) -> None:
+        self.engine.plan(self.indptr)
+
+    def attend(self, indices: torch.Tensor | None = None) -> None:
+        """Runs all layers, over other index lists of the same lengths if given."""
+        pool = self.residents.pool
+        indices = self.indices if indices is None else indices
+        for layer in range(self.model.layers):
+            self.engine.run(
+                layer, self.q[layer], pool.k_cells, pool.v_cells, self.indptr, indices,
+                self.model.scale, out=self.out[layer],
+            )  # fmt: skip
+
+    def step(self, of_set: int) -> None:
+        self.build(of_set)
+        self.plan()
+        self.attend()
+
+
+class StockFlashInfer(Decode):
+    """``BatchDecodeWithPagedKVCacheWrapper``, page size 1; one host-side plan for equal layers."""
+
+    def __init__(self, residents: Residents, clock: Clock) -> None:
+        super().__init__(residents, clock)
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        size, model, device = len(residents.batch.lengths), self.model, clock.device
+        ints = dict(dtype=torch.int32, device=device)
+        workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+        self.indices = torch.empty(residents.batch.tokens, **ints)
+        self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=model.q_heads // model.kv_heads >= 4,
+            paged_kv_indptr_buffer=torch.zeros(size + 1, **ints),
+            paged_kv_indices_buffer=self.indices,
+            paged_kv_last_page_len_buffer=torch.ones(size, **ints),
+        )
+        self.last_page_len = torch.ones(size, dtype=torch.int32)
+
+    def fresh(self) -> None:
+        indptr, indices = slots_of(self.residents)
+        model, dtype = self.model, self.clock.dtype
+        self.wrapper.plan(
+            indptr.cpu(), indices, self.last_page_len, model.q_heads, model.kv_heads, model.head_dim, 1,
+            q_data_type=dtype, kv_data_type=dtype, sm_scale=model.scale,
+        )  # fmt: skip
+
+    def attend(self) -> None:
+        for layer, (k, v) in enumerate(self.residents.pool.storage):
+            self.wrapper.run(self.q[layer], (k[:, None], v[:, None]), out=self.out[layer])
+
+
+class StockTriton(Decode):
+    """SGLang 0.5.23's Triton decode kernel with its own split heuristic."""
+
+    SPLITS = 8  # --triton-attention-num-kv-splits
+
+    def __init__(self, residents: Residents, clock: Clock) -> None:
+        super().__init__(residents, clock)
+        from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+        from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
+
+        self.kernel, self.splits_of = decode_attention_fwd, get_num_kv_splits_triton
+        size, model, device = len(residents.batch.lengths), self.model, clock.device
+        shape = size, model.q_heads, self.SPLITS
+        self.logits = torch.empty(*shape, model.head_dim, dtype=torch.float32, device=device)
+        self.lse = torch.empty(shape, dtype=torch.float32, device=device)
+        self.num_splits = torch.empty(size, dtype=torch.int32, device=device)
+        self.indptr, self.indices = slots_of(residents)
+
+    def fresh(self) -> None:
+        size, model = len(self.residents.batch.lengths), self.model
+        self.splits_of[(1,)](
+            self.num_splits, self.residents.seq_lens[0], size, 1, model.q_heads, model.kv_heads, self.SPLITS,
+            self.clock.num_sms, MAX_NUM_SEQ=256,
+        )  # fmt: skip
+
+    def attend(self) -> None:
+        for layer, (k, v) in enumerate(self.residents.pool.storage):
+            self.kernel(
+                self.q[layer], k, v, self.out[layer], self.indptr, self.indices, self.logits, self.lse,
+                self.num_splits, self.SPLITS, self.model.scale, 1.0, 1.0,
+            )  # fmt: skip
+
+
+class Sdpa(Decode):
+    """``scaled_dot_product_attention`` over contiguous rows of equally long requests."""
+
+    def fresh(self) -> None:
+        pass
+
+    def attend(self) -> None:
+        size, length = len(self.residents.batch.lengths), self.residents.batch.lengths[0]
+        for layer, (k, v) in enumerate(self.residents.pool.storage):
+            k, v = (x[: size * length].view(size, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                self.q[layer][:, :, None], k, v, scale=self.model.scale, enable_gqa=True
+            )
+            self.out[layer].copy_(attended[:, :, 0])
+
+
+def slots_of(residents: Residents) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first set's slots as every layer of a stock engine reads them: ``[B + 1]``, ``[tokens]`` int32."""
+    lengths = residents.batch.lengths
+    indptr = torch.tensor([0, *lengths], device=residents.pool.device).cumsum(0).int()
+    slots = [residents.req_to_token[row, :length] for row, length in enumerate(lengths)]
+    return indptr, torch.cat(slots)
+
+
+def stock_engines(clock: Clock) -> dict[str, Callable[[Residents, Clock], Decode] | str]:
+    """What serves the full cache elsewhere; a string says why one is missing."""
+    found: dict[str, Callable | str] = {SDPA: Sdpa}
+    found[FLASHINFER] = StockFlashInfer if importable("flashinfer") else "flashinfer is not installed"
+    found[SGLANG] = StockTriton if importable("sglang") else "sglang is not installed"
+    if clock.rehearsal:
+        found[FLASHINFER] = "it runs on a GPU only"
+    return found
+
+
+def have_flashinfer_ext(clock: Clock) -> str | None:
+    """Why our FlashInfer engine cannot run, None where it can."""
+    if clock.rehearsal:
+        return "it runs on a GPU only"
+    for name in ("flashinfer", "flashinfer_ext"):
+        if not importable(name):
+            return f"{name} is not there"
+    return None

@@ -1,0 +1,133 @@
+"""Whole servers, stock against ours: a burst of image prompts in a small and in an ample KV pool."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.gpu.record import Part, importable
+from benchmarks.gpu.shapes import ALPHA, QWEN, TOY_QWEN, Model
+from benchmarks.gpu.timing import Clock, Timing
+
+WITHOUT_SGLANG = (
+    "SGLang is not importable; it needs torch 2.14.1 and sglang-kernel 0.4.10, which "
+    "`python -m benchmarks.gpu.wheelhouse sglang` bundles"
+)
+STOCK, OURS = "stock", f"ours, vlcache {ALPHA}"
+QUESTION = "What stands to the left of the largest object, and which colour does it have?"
+SECONDS_PER_SERVER = 150  # to start one, with its CUDA graphs, and to serve the burst twice
+REQUESTS, PICTURES, VISUAL_TOKENS, OUTPUTS = 24, 16, 1024, 128
+PROMPT_TOKENS = PICTURES * VISUAL_TOKENS
+# Tokens of KV: about three prompts, and more than all of them.
+POOLS = {"memory-bound pool": 3 * (PROMPT_TOKENS + 1024), "ample pool": (REQUESTS + 2) * (PROMPT_TOKENS + 1024)}
+
+
+class Burst(NamedTuple):
+    """``answers`` are :class:`benchmarks.common.Streamed`; ``running`` is from the server's log."""
+
+    seconds: float
+    answers: list
+    running: list[int]
+
+
+def checkpoint(folder: Path, model: Model) -> None:
+    """Configuration, tokenizer and processors of a Qwen2.5-VL of ``model``'s sizes; no weights.
+
+    The tokenizer is bytes and the vision tower tiny, so the time to the first token is the language
+    model's. The vocabulary is the tokenizer's: the output head is smaller than the real one.
+    """
+    from sglang_vlkv.tinyvlm.build import build
+
+    build(
+        folder,
+        num_layers=model.layers,
+        num_heads=model.q_heads,
+        num_kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        max_position_embeddings=131072,
+        write_weights=False,
+    )
+
+
+def run(part: Part, clock: Clock) -> None:
+    if not importable("sglang"):
+        part.skip("serving", WITHOUT_SGLANG)
+        return
+    with tempfile.TemporaryDirectory(prefix="gpu-serving-") as folder:
+        model = TOY_QWEN if clock.rehearsal else QWEN
+        checkpoint(Path(folder), model._replace(hidden=model.q_heads * model.head_dim))
+        if clock.rehearsal:
+            part.skip("serving", "no servers are started in a rehearsal")
+            return
+        part.notes.append(
+            f"{REQUESTS} requests at once, {PICTURES} pictures of {VISUAL_TOKENS} visual tokens each, {OUTPUTS} "
+            "output tokens, dummy weights, radix cache, overlap scheduling and CUDA graphs on; "
+            "byte tokenizer and tiny vision tower, so TTFT is the language model's"
+        )
+        for pool_name, tokens in POOLS.items():
+            for row in (STOCK, OURS):
+                if part.has(SECONDS_PER_SERVER, f"{pool_name}, {row}"):
+                    _serve(part, Path(folder), pool_name, tokens, row)
+
+
+def _serve(part: Part, folder: Path, pool_name: str, tokens: int, name: str) -> None:
+    """One server: started, warmed, and given the burst twice."""
+    from benchmarks import common
+
+    policy = ("--kv-policy", "vlcache", "--kv-budget", str(ALPHA)) if name == OURS else ()
+    environment = {} if name == OURS else {"SGLANG_PLUGINS": "none"}  # nothing of ours is loaded
+    flags = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-total-tokens", str(tokens))
+    with common.serve(common.Row(policy, environment), *flags, model=folder, gib=16) as server:
+        bodies = [common.body(QUESTION, common.pictures(PICTURES, VISUAL_TOKENS, s), OUTPUTS) for s in range(REQUESTS)]
+        common.stream(server, common.body(QUESTION, common.pictures(1, 256, 10**6), 8))
+        bursts = []
+        for _ in range(2):
+            bursts.append(_burst(server, bodies))
+        what = common.policy_of(server)
+    summarise(part, pool_name, name, bursts, {"pool_tokens": tokens, "flags": flags, "policy": json.dumps(what)})
+
+
+def _burst(server, bodies: list[dict]) -> Burst:
+    from benchmarks import common
+
+    server.flush()
+    seen = len(server.log())
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        answers = list(threads.map(lambda body: common.stream(server, body), bodies))
+    seconds = time.perf_counter() - start
+    return Burst(seconds, answers, running_in(server.log()[seen:]))
+
+
+def running_in(log: str) -> list[int]:
+    """Requests that ran at each decode step that the server logged."""
+    return [int(count) for count in re.findall(r"Decode batch.*?#running-req: (\d+)", log)]
+
+
+def summarise(part: Part, case: str, row: str, bursts: list[Burst], about: dict) -> None:
+    """Time to serve the burst, to the first token and per token, and how many ran at once."""
+    tokens = [sum(answer.meta["completion_tokens"] for answer in burst.answers) for burst in bursts]
+    extra = about | {
+        "output_tokens_per_s": [count / burst.seconds for count, burst in zip(tokens, bursts, strict=True)],
+        "peak_running": max((max(burst.running, default=0) for burst in bursts), default=0),
+    }
+
+    def add(what: str, first: list[float], second: list[float] = (), **more) -> None:
+        against = {} if row == STOCK else {"versus": f"{STOCK}: {what}"}
+        part.add(case, f"{row}: {what}", Timing.of(first, second), **against, **more)
+
+    add(f"burst of {len(bursts[0].answers)}", [b.seconds for b in bursts[:1]], [b.seconds for b in bursts[1:]], **extra)
+    add("time to first token", *([answer.ttft for answer in burst.answers] for burst in bursts))
+    add("time per output token", *([step for answer in burst.answers for step in answer.steps] for burst in bursts))
+    part.notes.append(
+        f"{case}, {row}: at most {extra['peak_running']} ran at once, "
+        + " and ".join(f"{rate:.0f}" for rate in extra["output_tokens_per_s"])
+        + " output tokens/s"
+    )

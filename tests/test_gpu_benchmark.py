@@ -1,0 +1,437 @@
+"""The GPU benchmark: rehearsed on the CPU, honest when a kernel is wrong, right in its arithmetic."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from contextlib import nullcontext
+from inspect import getsource, signature
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TRITON_INTERPRET", "1")  # Triton decides when a kernel is decorated
+    from benchmarks.gpu import ceilings
+from benchmarks.gpu import correctness, decode, engines, paper, record, report, run, serving, wheelhouse
+from benchmarks.gpu.pool import Pool, Residents, sets_for
+from benchmarks.gpu.record import Deadline, Part
+from benchmarks.gpu.shapes import MISTRAL, QWEN, TOY_QWEN, UNEVEN, Batch, batches, kept_rows
+from benchmarks.gpu.timing import Clock, Rehearsal, Timing
+
+CLOCK = Rehearsal()
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def rehearsed(*parts: str) -> dict:
+    """A record of these parts, run as :mod:`benchmarks.gpu.run` would."""
+    found = {"context": record.context(CLOCK), "parts": {}}
+    for name in parts:
+        part = Part(name, Deadline(60))
+        {"ceilings": ceilings, "correctness": correctness}[name].run(part, CLOCK)
+        found["parts"][name] = part.as_json()
+    return found
+
+
+@pytest.fixture(scope="module")
+def checked() -> dict:
+    with torch.inference_mode():
+        return rehearsed("ceilings", "correctness")
+
+
+def test_all_kernels_are_right(checked):
+    assert report.failed(checked) == []
+    names = " ".join(check["name"] for check in checked["parts"]["correctness"]["checks"])
+    for kernel in ("index lists", "decode", "extend", "scores by sum", "by max", "zeros", "selection"):
+        assert kernel in names
+    for kernel in ("gather", "scatter", "merging"):
+        assert f"{kernel}" in names
+    assert "G=4" in names and "G=7" in names
+
+
+def two_rows(checked: dict, **changes) -> dict:
+    """A record with one speedup, one share and a rate: 2x, 50 % and 100 bytes/s of a ceiling of 400."""
+    timing = Timing(2.0, 2.0, 2.0, 1, None)._asdict()
+    rows = [
+        {"case": "c", "row": "base", "seconds": timing | {"p50": 2.0}},
+        {"case": "c", "row": "ours", "seconds": timing | {"p50": 1.0}, "versus": "base", "share_of": "base"}
+        | {"moved": 100},
+    ]
+    peak = [{"case": "device", "row": "copy", "seconds": timing | {"p50": 1.0}, "moved": 400}]
+    peak += [{"case": "device", "row": "mm", "seconds": timing | {"p50": 1.0}, "flops": 10}]
+
+    def part(rows: list, checks: list) -> dict:
+        return {"seconds": 1, "rows": rows, "checks": checks, "skipped": [], "notes": [], "broken": []}
+
+    parts = {
+        "ceilings": part(peak, []),
+        "correctness": part([], checked["parts"]["correctness"]["checks"]),
+        "decode": part(rows, []),
+    }
+    return {"context": checked["context"] | {"rehearsal": False}, "parts": parts | changes}
+
+
+def test_ratios_and_roofline(checked):
+    found = two_rows(checked)
+    text = report.markdown(found)
+    derived = found["parts"]["decode"]["rows"][1]["derived"]
+    assert derived["speedup"] == 2.0 and derived["share"] == 0.5
+    assert derived["of_ceiling"] == 0.25 and derived["moved_per_s"] == 100
+    assert "2.00x vs base" in report.brief(found)
+    assert "2.00x vs base" in text and "50.0 % of base" in text and "25 %" in text
+
+
+def ratios(found: dict) -> list:
+    report.derive(found)
+    names = {"speedup", "share", "of_ceiling", "versus"}
+    return [n for part in found["parts"].values() for row in part["rows"] for n in names & set(row["derived"])]
+
+
+def test_no_ratio_without_a_check(checked):
+    found = two_rows(checked)
+    found["parts"]["correctness"]["checks"] = []
+    assert report.UNCHECKED in report.markdown(found) and "2.00x" not in report.markdown(found)
+    assert ratios(found) == []
+
+
+@pytest.mark.parametrize("name, shown", [("correctness", False), ("decode", True)])
+def test_no_ratio_when_correctness_broke_off(checked, name, shown):
+    """Another part that breaks off is reported, but says nothing about a kernel's results."""
+    found = two_rows(checked)
+    found["parts"][name]["broken"] = [{"what": "a case", "traceback": "Traceback\nMemoryError: full"}]
+    text = report.markdown(found)
+    assert "BROKE OFF: a case: MemoryError: full" in text
+    assert (report.REFUSED not in text) == bool(ratios(found)) == shown
+
+
+def wrong_decode(monkeypatch) -> None:
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode
+
+    right = RaggedDecode.run
+    monkeypatch.setattr(RaggedDecode, "run", lambda *a, **k: right(*a, **k).mul_(1.01))
+
+
+def wrong_extend(monkeypatch) -> None:
+    from sglang_vlkv.kernels.ragged_attention import triton
+
+    right = triton.ragged_extend
+    monkeypatch.setattr(triton, "ragged_extend", lambda *a, out, **k: right(*a, **k))  # out is not written
+
+
+def wrong_indices(monkeypatch) -> None:
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices
+
+    right = RaggedIndices.build
+
+    def build(*arguments):
+        indptr, indices = right(*arguments)
+        indices[1] = indices[0]
+        return indptr, indices
+
+    monkeypatch.setattr(RaggedIndices, "build", build)
+
+
+def wrong_scores(monkeypatch) -> None:
+    from sglang_vlkv.kernels.post_vision import triton
+
+    right = triton.post_vision_scores
+
+    def scores(*a, **k):
+        found = right(*a, **k)
+        return found._replace(zeros=found.zeros + 1000)
+
+    monkeypatch.setattr(triton, "post_vision_scores", scores)
+
+
+def wrong_selection(monkeypatch) -> None:
+    from sglang_vlkv.kernels.selection import triton
+
+    right = triton.select_rows
+    monkeypatch.setattr(triton, "select_rows", lambda *a: right(*a).flip(1))
+
+
+def wrong_scatter(monkeypatch) -> None:
+    from sglang_vlkv.kernels.compaction import triton
+
+    monkeypatch.setattr(triton, "scatter_rows", lambda *a: None)
+
+
+def broken_gather(monkeypatch) -> None:
+    from sglang_vlkv.kernels.compaction import triton
+
+    monkeypatch.delattr(triton, "gather_rows")
+
+
+WRONG = [wrong_decode, wrong_extend, wrong_indices, wrong_scores, wrong_selection, wrong_scatter, broken_gather]
+
+
+@pytest.mark.parametrize("make_wrong", WRONG)
+def test_a_wrong_kernel_shows_no_ratio(make_wrong, monkeypatch, checked):
+    make_wrong(monkeypatch)
+    monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
+    part = rehearsed("correctness")["parts"]["correctness"]
+    found = two_rows(checked, correctness=part)
+    text = report.markdown(found)
+    assert report.REFUSED in text and "2.00x" not in text and "50.0 %" not in text
+    assert ratios(found) == []
+
+
+def test_a_run_with_a_wrong_kernel_exits_with_1_and_a_rehearsal_writes_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "PARTS", {"ceilings": 0.5, "correctness": 0.5})
+    monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    arguments = ["--rehearse", "--out", str(tmp_path), "--parts", "correctness", "--seconds", "60"]
+    assert run.main(arguments) == 0
+    assert "its times mean nothing" in capsys.readouterr().out
+    wrong_scatter(monkeypatch)
+    assert run.main(arguments) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run.main([]) == 2
+    assert "--rehearse" in capsys.readouterr().err
+
+
+def test_parts_past_their_time_are_skipped_with_a_reason():
+    part = Part("decode", Deadline(0.0))
+    assert not part.has(5, "1x32K")
+    assert "1x32K" in part.skipped[0] and "5" in part.skipped[0]
+
+
+def test_percentiles_and_spread():
+    timing = Timing.of([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    assert (timing.p20, timing.p50, timing.p80) == pytest.approx((2.0, 3.5, 5.0))
+    assert timing.samples == 6 and timing.spread == pytest.approx(1.5)
+    assert Timing.of([1.0]).spread is None
+    assert timing.scaled(2).p80 == pytest.approx(10.0)
+
+
+def test_the_clock_on_a_stand_in_for_cuda(monkeypatch):
+    """Each batch is queued behind a wait, works rotate, and a graph replays what it captured."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(calls)
+
+        def elapsed_time(self, end) -> float:
+            return float(end.at - self.at)
+
+    class Stream(nullcontext):
+        def wait_stream(self, other) -> None:
+            pass
+
+    class CUDAGraph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    properties = SimpleNamespace(L2_cache_size=1 << 20, multi_processor_count=132)
+    stand_ins = {
+        "get_device_properties": lambda device: properties,
+        "synchronize": lambda: None,
+        "Event": Event,
+        "_sleep": lambda cycles: calls.append("wait"),
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: stream,
+        "CUDAGraph": CUDAGraph,
+        "graph": lambda graph: nullcontext(),
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (7, 8),
+        "max_memory_allocated": lambda: 5,
+        "reset_peak_memory_stats": lambda: calls.append("reset"),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    clock = Clock()
+    assert (clock.l2_bytes, clock.num_sms, clock.free_bytes()) == (1 << 20, 132, 7)
+    clock.capture(lambda: calls.append("work"), times=3)()
+    assert calls == ["work"] * 5 + ["replay"]  # twice to warm up, three times captured
+    assert clock.peak_bytes() == 5 and calls.pop() == "reset"
+    calls.clear()
+    timing = clock.measure(lambda: calls.append("a"), lambda: calls.append("b"), per=10, seconds=0.0)
+    assert timing.p50 == pytest.approx(1e-4) and timing.spread == 0.0
+    batch = ["wait", "a", "b", "a", "b", "a"]
+    assert calls == ["a", "b", "a", *batch, *batch] and timing.samples == 10
+
+
+def test_bytes_of_a_step():
+    """128 KiB per token and layer sum for Mistral (ALGORITHMS, the byte model), 56 KiB for Qwen."""
+    assert MISTRAL.row_bytes * MISTRAL.layers == 128 << 10
+    assert QWEN.row_bytes * QWEN.layers == 56 << 10
+    pool = Pool(TOY_QWEN, 400, CLOCK)
+    residents = Residents(pool, Batch("b", (60, 40)), 0.1, True, 2)
+    of_first_set = [len(residents.cells(row, layer)) for row in (0, 1) for layer in range(2)]
+    assert residents.num_rows == sum(of_first_set) == 2 * 2 * 32 + round(0.1 * 60 * 2) + round(0.1 * 40 * 2)
+    assert residents.moved == residents.num_rows * (TOY_QWEN.row_bytes + 4)
+    cells = torch.cat([residents.cells(row, layer) for row in range(4) for layer in range(2)])
+    assert len(cells.unique()) == len(cells)  # no two requests, layers or sets share a row
+
+
+def test_uneven_layers_keep_the_same_total():
+    even, uneven = (kept_rows(32, 32768, 0.1, u) for u in (False, True))
+    assert sum(even) == sum(uneven) == round(0.1 * 32 * 32768)
+    assert max(even) - min(even) <= 1
+    steps = sorted(uneven, reverse=True)
+    assert steps[1] / steps[0] == pytest.approx(UNEVEN, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [MISTRAL, QWEN])
+def test_nothing_is_served_from_the_l2_cache(model):
+    l2 = 60 << 20
+    rows = 420_000
+    for batch in batches(rehearsal=False):
+        sets = sets_for(model, batch, 0.1, rows, l2)
+        step = 0.1 * batch.tokens * model.layers * model.row_bytes
+        assert sets * step >= 4 * l2
+    most = max(batch.tokens for batch in batches(rehearsal=False))
+    assert most >= 400_000 and most * model.layers * model.row_bytes < 70 * 2**30
+
+
+def test_the_engine_path_and_the_baseline_agree():
+    part = Part("paper", Deadline(60))
+    decoder = paper.Decoder(paper.TOY_MISTRAL, CLOCK)
+    done = {}
+    paper._workload(part, CLOCK, decoder, "1x2K", Batch("1x2K", (60,)), 3, done)
+    assert all(check["ok"] for check in part.checks) and len(done) == 4
+    difference = part.checks[0]["relative_difference"]
+    assert difference < 1e-4  # in float32
+    quoted = [row["paper_speedup"] for row in part.rows if "paper_speedup" in row]
+    assert quoted == list(paper.PAPER["1x2K"])
+
+
+def test_the_flashinfer_engines_are_called_as_they_are_declared(monkeypatch):
+    """Without a GPU they cannot run: stand-ins with their signatures attend in plain torch."""
+    flashinfer, ours = pytest.importorskip("flashinfer"), pytest.importorskip("flashinfer_ext")
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode
+
+    def declared(function, *arguments, **named) -> dict:
+        return signature(function).bind(*arguments, **named).arguments
+
+    def our_engine(*arguments, **named):
+        given = declared(ours_decode, *arguments, **named)
+        assert given["q_dtype"] == given["kv_dtype"] == CLOCK.dtype
+        names = "num_layers", "max_requests", "num_q_heads", "num_kv_heads", "head_dim", "device"
+        return RaggedDecode(**{name: given[name] for name in names}, num_sms=2)
+
+    class Stock:
+        def __init__(self, *arguments, **named) -> None:
+            declared(stock.__init__, self, *arguments, **named)
+
+        def plan(self, *arguments, **named) -> None:
+            self.given = declared(stock.plan, self, *arguments, **named)
+            for name in ("q_data_type", "kv_data_type", "sm_scale"):
+                assert f"        {name}: " in getsource(stock)  # plan() hands keywords on, unchecked
+            self.scale = named["sm_scale"]
+
+        def run(self, q, kv, out) -> None:
+            declared(stock.run, self, q, kv, out=out)
+            indptr, indices = self.given["indptr"].tolist(), self.given["indices"].long()
+            for request, (start, end) in enumerate(zip(indptr, indptr[1:])):
+                k, v = (x[indices[start:end], 0] for x in kv)
+                out[request] = correctness.attend(q[request : request + 1], k, v, self.scale)[0]
+
+    ours_decode, stock = ours.RaggedDecode, flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    monkeypatch.setattr(ours, "RaggedDecode", our_engine)
+    monkeypatch.setattr(flashinfer, "BatchDecodeWithPagedKVCacheWrapper", Stock)
+    monkeypatch.setattr(CLOCK, "flashinfer_is_compiled", True)
+    for module in (engines, correctness):
+        monkeypatch.setattr(module, "have_flashinfer_ext", lambda clock: None)
+    monkeypatch.setattr(engines, "stock_engines", lambda clock: {engines.FLASHINFER: engines.StockFlashInfer})
+    part = Part("decode", Deadline(60))
+    correctness.decoding(part, CLOCK, TOY_QWEN, True)
+    full: dict[str, str] = {}
+    for alpha in (1.0, 0.1):
+        decode._case(part, CLOCK, Pool(TOY_QWEN, 400, CLOCK), Batch("b", (40, 24)), alpha, alpha < 1, full)
+    assert part.broken == [] and all(check["ok"] for check in part.checks)
+    rows = {(row["row"], row["alpha"]) for row in part.rows if "alpha" in row}
+    assert {(engines.FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 0.1)} <= rows
+
+
+def test_what_a_served_burst_says():
+    from benchmarks.common import Streamed
+
+    answers = [Streamed(0.5, [0.1, 0.1], {"completion_tokens": 3}, "") for _ in range(2)]
+    part = Part("serving", Deadline(60))
+    bursts = [serving.Burst(2.0, answers, [1, 2]), serving.Burst(4.0, answers, [2])]
+    for row in (serving.STOCK, serving.OURS):
+        serving.summarise(part, "small", row, bursts, {})
+    first = part.rows[0]
+    assert first["output_tokens_per_s"] == [3.0, 1.5] and first["peak_running"] == 2
+    assert part.rows[3]["versus"] == part.rows[0]["row"]
+    assert serving.running_in("Decode batch, #running-req: 7, x\nPrefill, #running-req: 9") == [7]
+
+
+def test_a_checkpoint_of_real_sizes_without_weights(tmp_path):
+    serving.checkpoint(tmp_path, QWEN)
+    text = json.loads((tmp_path / "config.json").read_text())
+    text = text.get("text_config", text)
+    assert (text["num_hidden_layers"], text["hidden_size"], text["intermediate_size"]) == (28, 3584, 18944)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def wheel(folder: Path, name: str, content: bytes) -> Path:
+    """A wheel of one module that pip installs."""
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{name}.py", content)
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return path
+
+
+def installed(out: Path, target: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(out / "install.py"), str(target)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_wheelhouse_round_trip(tmp_path):
+    wheels = [wheel(tmp_path, name, f"x = {name!r}\n".encode() + b"#" * 3000) for name in ("first", "second")]
+    out = tmp_path / "pieces"
+    manifest = wheelhouse.bundle(wheels, out, piece_bytes=2000, profile="test")
+    assert len(manifest["pieces"]) > 2 and all(piece["bytes"] <= 2000 for piece in manifest["pieces"])
+    assert manifest["bytes"] == sum(piece["bytes"] for piece in manifest["pieces"])
+    joined = b"".join((out / piece["name"]).read_bytes() for piece in manifest["pieces"])
+    assert hashlib.sha256(joined).hexdigest() == manifest["sha256"]
+    assert wheelhouse.bundle(wheels, tmp_path / "again", piece_bytes=2000, profile="test") == manifest
+
+    ran = installed(out, tmp_path / "site")
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "site" / "second.py").read_text().startswith("x = 'second'")
+
+    piece = out / manifest["pieces"][1]["name"]
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    ran = installed(out, tmp_path / "other")
+    assert ran.returncode != 0 and f"{piece.name} is damaged" in ran.stderr
+    piece.unlink()
+    ran = installed(out, tmp_path / "other")
+    assert ran.returncode != 0 and f"{piece.name} is missing" in ran.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_commit_is_known_without_git(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("VLKV_COMMIT", "from the environment")
+    assert record.commit() == "from the environment"
+    file = tmp_path / record.COMMIT_FILE
+    file.parent.mkdir(parents=True)
+    file.write_text("abc\n")
+    assert record.commit() == "abc"
