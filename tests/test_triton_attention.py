@@ -311,7 +311,8 @@ def test_extend_attends_causally_behind_any_prefix(requests, dtype, hq, hkv, dim
 
 def test_extend_agrees_with_the_loops_and_does_not_see_the_future():
     indptr, indices, k, v = ragged([[40, 25]], 2, 20, torch.float32)
-    qo_indptr, q = torch.tensor([0, 12, 37], dtype=torch.int32), normal(37, 6, 20)
+    qo_indptr = torch.tensor([0, 12, 37], dtype=torch.int32)
+    q = torch.full((37, 9, 20), NAN)[:, 2:8].copy_(normal(37, 6, 20))
     arguments = qo_indptr, indptr[0], indices, 0.3
     before = ragged_extend(q, k, v, *arguments, 99)
     torch.testing.assert_close(before, reference.ragged_extend(q, k, v, *arguments))
