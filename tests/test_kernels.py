@@ -235,8 +235,11 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
+HEADS = [(2, 100, torch.float32), (2, 100, torch.bfloat16), (1, 5, torch.float16)]
+
+
 @twins("compaction")
-@pytest.mark.parametrize("heads, dim, dtype", [(2, 100, torch.float32), (2, 100, torch.bfloat16), (1, 5, torch.float16)])
+@pytest.mark.parametrize("heads, dim, dtype", HEADS)
 @pytest.mark.parametrize("num_kept", [[1, 1, 1], [7, 63, 40], [33, 0, 2], [20]])
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
 def test_each_head_gathers_its_own_rows_of_every_layer_and_reads_no_other(
@@ -264,7 +267,7 @@ def test_each_head_gathers_its_own_rows_of_every_layer_and_reads_no_other(
 
 
 @twins("compaction")
-@pytest.mark.parametrize("heads, dim, dtype", [(2, 100, torch.float32), (2, 100, torch.bfloat16), (1, 5, torch.float16)])
+@pytest.mark.parametrize("heads, dim, dtype", HEADS)
 @pytest.mark.parametrize("num_kept", [[1, 1, 1], [7, 62, 40], [33, 0, 2], [63]])
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_merged_rows_are_the_means_of_their_buckets(kernel, num_kept, heads, dim, dtype, sinks):

@@ -344,6 +344,27 @@ def test_no_more_than_a_tile_of_attention_is_alive(name):
     assert n * heads <= watch.elements <= TILE_ELEMENTS < n * n * heads
 
 
+@pytest.mark.parametrize("name", policies())
+def test_keys_and_values_may_lie_anywhere_in_a_pool(name):
+    """As an attention backend hands them over: a buffer, whose other rows nobody reads, and slots."""
+    case = case_of("one KV head, M-RoPE, video, two pictures, draft")
+    policy, n = policies()[name](budget=0.3), case.n
+    slots = torch.randperm(n + 20, generator=torch.Generator().manual_seed(0))[:n]
+
+    def in_a_pool(x: torch.Tensor) -> Rows:
+        pool = torch.full((n + 20, *x.shape[1:]), float("nan"))
+        pool[slots] = x
+        return Rows(pool, slots)
+
+    layer = layer_of(case, 1, n - policy.num_voting(prompt_of(case)), n)
+    seen = observed(policy, case, 1) if policy.observes else None
+    layer = replace(layer, seen=seen, draft=case.draft[1] if policy.can_draft else None)
+    pooled = replace(layer, keys=in_a_pool(layer.k), values=in_a_pool(layer.v))
+    for ours, expected in zip(policy.score(pooled), policy.score(layer), strict=True):
+        equal = torch.equal(ours, expected) if isinstance(ours, torch.Tensor) else ours == expected
+        assert equal
+
+
 def test_a_draft_may_be_longer_than_the_prompt():
     case = make_case(7, [(T, 3), (P, 4), (T, 2)], 2, 2, 8, Rotary(8, (0,) * 4), drafted=12)
     policy = policies()["uniform"](budget=0.4)

@@ -1,12 +1,16 @@
 """Who owns which rows and cells, from a request's prefill to its end."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sglang_vlkv.base import LayerScores, Modality, Prompt
+from sglang_vlkv.base import LayerScores, Modality, Prompt, Selection
+from sglang_vlkv.compaction import Compactor, _counted
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
+from sglang_vlkv.merging import merge as merged
+from sglang_vlkv.policies.vlcache import VLCache
 from sglang_vlkv.pool import CellPool
 from sglang_vlkv.requests import Plan, Requests
 
@@ -183,6 +187,46 @@ def test_packed_rows_come_back_and_no_other_slot_is_touched(pool):
         others = torch.ones(SIZE + 1, dtype=torch.bool).index_fill(0, slots, False)
         assert pool.storage[:, :, others].isnan().all()
         assert int((~pool.storage.isnan()).sum()) == 2 * sum(num_kept) * HEADS * DIM
+
+
+def test_a_gpu_servers_counts_are_those_of_a_cpu_server():
+    """It leaves them in tensors, which are read once for all layers."""
+    scores, profile = torch.zeros(2, 63), torch.arange(4) + 2**53
+    numbers = _counted(LayerScores(scores, 5, 2**40, profile=profile))
+    assert [x.tolist() for x in numbers] == [[5, 2**40], profile.tolist()]
+    for entries in (2**40, torch.tensor(2**40)):
+        tensors = _counted(LayerScores(scores, torch.tensor(5), entries, profile=profile))
+        assert all(map(torch.equal, numbers, tensors))
+    assert [x.tolist() for x in _counted(LayerScores(scores))] == [[0, 0], []]
+    assert torch.cat(_counted(LayerScores(scores))).dtype == torch.int64
+
+
+@pytest.mark.parametrize("merge", ["none", "bucket_mean", "similar"])
+@pytest.mark.parametrize("num_fixed", [[7, 2, 5, 1, 9], [3, 0, 5, 1, 8]])
+def test_kept_rows_of_all_layers_come_to_lie_in_their_cells(pool, merge, num_fixed):
+    """What slides is left out of a twin's rows, layer by layer."""
+    policy, num_kept = VLCache(merge=merge), [7, 2, 5, 1, 9]
+    pool.storage.copy_(torch.randn(pool.storage.shape))
+    slots = torch.randperm(SIZE)[:20] + 1
+    kept = [torch.stack([torch.randperm(20)[:k].sort().values for _ in range(HEADS)]) for k in num_kept]
+    compactor = object.__new__(Compactor)
+    compactor._pool = pool
+    rows = compactor._rows(policy, slots, Selection(kept, None))
+    expected = []
+    for layer, own in enumerate(kept):
+        k, v = pool.k_buffer[layer][slots], pool.v_buffer[layer][slots]
+        if merge == "none":
+            expected.append(torch.stack([x[own.t(), torch.arange(HEADS)] for x in (k, v)]))
+        else:
+            expected.append(torch.stack(merged(policy, k, v, own)))
+    assert torch.equal(rows, torch.cat(expected, dim=1))
+    twin = SimpleNamespace(num_rows=num_fixed)
+    item = SimpleNamespace(rows=rows, selection=Selection(kept, None))
+    compactor._fill(twin, torch.arange(1, 1 - (-sum(num_fixed) // LAYERS)), item)
+    for layer, (at, own) in enumerate(zip(twin.cells, expected, strict=True)):
+        assert len(at) == num_fixed[layer]
+        assert torch.equal(pool.k_cells[at], own[0, : len(at)])
+        assert torch.equal(pool.v_cells[at], own[1, : len(at)])
 
 
 def test_values_of_another_size_are_refused():

@@ -149,11 +149,12 @@ def scores_of(kind: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 KINDS = ["distinct", "positive", "tied", "alike", "one bit apart", "special"]
+TIERED = [*((kind, (0, 4)) for kind in KINDS), ("distinct", (0, 1)), ("tied", (-128, 128))]
 
 
 @twins("selection")
 @pytest.mark.parametrize("n, num_kept", [(63, [1, 63, 20]), (300, [299, 7, 0, 150]), (1, [1, 1]), (16, [3])])
-@pytest.mark.parametrize("kind, tiers", [*((kind, (0, 4)) for kind in KINDS), ("distinct", (0, 1)), ("tied", (-128, 128))])
+@pytest.mark.parametrize("kind, tiers", TIERED)
 def test_winners_of_all_layers_go_by_tier_score_and_position(kernel, kind, n, num_kept, tiers):
     """Against sorting by the very rule, for each layer and head by itself."""
     shape = len(num_kept), 2, n

@@ -33,7 +33,8 @@ def _keys(k, slots, stride_kr, at, inside, start, d, HEAD_DIM: tl.constexpr, HAS
 
 @triton.jit
 def _queries(
-    q, stride_qr, stride_qh, m, valid, start, d, scale, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr
+    q, stride_qr, stride_qh, m, valid, start, d, scale,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The rows ``m`` [BLOCK_M], [BLOCK_M, BLOCK_D]; ``q`` points to the KV head's first query head."""
     row = start + m // GROUP
