@@ -32,7 +32,7 @@ QWEN_32B = Heads(40, 8, 128)  # G = 5
 MHA = Heads(16, 16, 64)  # G = 1
 G4, G8, G3 = Heads(32, 8, 128), Heads(64, 8, 128), Heads(12, 4, 64)
 WIDE = Heads(24, 1, 256)  # 24 packed rows: a tile of 64
-TILE_128 = Heads(71, 1, 128)
+TILE_128 = Heads(65, 1, 128)
 DIM_256 = Heads(16, 1, 256)
 MANY = Heads(140, 2, 256)  # 70 packed rows over tiles of 64: two query tiles
 
@@ -268,6 +268,15 @@ def test_layouts_take_exactly_what_flashinfer_takes(planner, tensor_cores, heads
     assert plan(layout.int_bytes - 1, layout.float_bytes) is None
     if layout.split_kv:
         assert plan(layout.int_bytes, layout.float_bytes - 1) is None
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_query_tiles_are_flashinfers_at_every_group_size(planner, head_dim):
+    for group in range(1, 132):
+        heads = Heads(2 * group, 2, head_dim)
+        layout = tensor_core_layout(3, heads, H100)
+        theirs = planner.plan(True, [700, 1, 90], heads, H100, layout.int_bytes, layout.float_bytes)
+        assert theirs.plan_info == list(layout.plan_info), group
 
 
 @pytest.mark.parametrize("num_sms", [46, 108, 132, 148])

@@ -28,7 +28,7 @@ def why_not() -> str | None:
     """What is missing here to compile the planner, None if nothing is."""
     if _root("flashinfer") is None:
         return "FlashInfer's headers are not installed"
-    return None if _nvcc() else "no nvcc is installed"
+    return None if _nvcc() and shutil.which("g++") else "no nvcc or no g++ is installed"
 
 
 def _nvcc() -> str | None:
