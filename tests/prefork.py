@@ -1,7 +1,7 @@
 """Servers forked from a process that has SGLang imported already, which is most of a start's work.
 
 Run as a program by ``Prefork``, it imports what SGLang's processes import before they load plugins and
-forks for each server. A server's process leaves two forks of itself aside, which stand in for the
+forks for each server. A server's process leaves forks of itself aside, which stand in for the
 interpreters that multiprocessing spawns: they run the same code in the same environment with the same
 files, and load their plugins themselves. Imports apart, nothing is shared, and nothing is patched.
 """
@@ -22,9 +22,10 @@ from multiprocessing import util
 from pathlib import Path
 
 IMPORTS = ("entrypoints.http_server", "managers.scheduler", "managers.detokenizer_manager", "models.registry")
-SPAWNED = 2  # the scheduler and the detokenizer; any others are spawned as ever
 # What SGLang reads when it loads plugins, or later; other variables take effect on import.
-READ_LATE = {"PYTHONPATH", "SGLANG_PLUGINS", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"}
+READ_LATE = {
+    "PYTHONPATH", "SGLANG_PLUGINS", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "SGLANG_CPU_OMP_THREADS_BIND",
+}  # fmt: skip
 
 
 class Forked:
@@ -130,8 +131,8 @@ def stand_in(control: socket.socket) -> None:
 
 
 def serve(flags: list[str]) -> None:
-    waiting = []
-    for _ in range(SPAWNED):
+    waiting, ranks = [], int(flags[flags.index("--tp-size") + 1]) if "--tp-size" in flags else 1
+    for _ in range(ranks + 1):  # schedulers and a detokenizer
         ours, theirs = pair()
         pid = os.fork()
         if pid == 0:
