@@ -3,7 +3,7 @@
 Run as a program by ``Prefork``, it imports what SGLang's processes import before they load plugins and
 forks for each server. A server's process leaves forks of itself aside, which stand in for the
 interpreters that multiprocessing spawns: they run the same code in the same environment with the same
-files, and load their plugins themselves. Imports apart, nothing is shared, and nothing is patched.
+files, and load their plugins themselves. Imports apart nothing is shared, and of SGLang nothing is patched.
 """
 
 from __future__ import annotations
