@@ -7,6 +7,7 @@ values of a policy's options only. A new policy needs a function here, marked :f
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, reduce
@@ -184,27 +185,25 @@ def least_rows(total: int, n: int, num_layers: int) -> int:
 
 
 def exact_split(weights: Sequence[float], total: int, n: int) -> list[int]:
-    """The specification in rational arithmetic: t by bisection, then solved for exactly.
+    """The specification in rational arithmetic: between the two t where a layer meets a bound, solved.
 
     A layer without weight takes what the others cannot.
     """
     w = [Fraction(x) for x in weights]
-    w = [max(x, max(w) / 10**9 or 1) for x in w]
+    w = [max(x, max(w) / 10**9 or Fraction(1)) for x in w]
     low = least_rows(total, n, len(w))
 
     def shares(t):
         return [min(max(t * x, low), n) for x in w]
 
-    below, above = Fraction(0), n / min(w)
-    for _ in range(160):
-        middle = (below + above) / 2
-        below, above = (middle, above) if sum(shares(middle)) < total else (below, middle)
-    free = [low < above * x < n for x in w]
+    meets = sorted({bound / x for x in w for bound in (low, n)})
+    above = meets[bisect_left(meets, total, key=lambda t: sum(shares(t)))]
+    free = [low < above * x <= n for x in w]
     if any(free):
         fixed = sum(s for s, is_free in zip(shares(above), free) if not is_free)
         above = (total - fixed) / sum(x for x, is_free in zip(w, free) if is_free)
     exact = shares(above)
-    assert abs(sum(exact) - total) < Fraction(1, 10**9)
+    assert sum(exact) == total
     kept = [math.floor(s) for s in exact]
     by_fraction = sorted(range(len(w)), key=lambda layer: (kept[layer] - exact[layer], layer))
     for layer in [layer for layer in by_fraction if kept[layer] < n][: total - sum(kept)]:

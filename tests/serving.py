@@ -19,6 +19,7 @@ from PIL import Image
 
 from sglang_vlkv.tinyvlm import build
 from sglang_vlkv.tinyvlm.ask import data_url
+from tests.prefork import READ_LATE, Prefork
 
 ROOT = Path(__file__).resolve().parents[1]
 POSITIONS = {"kv_report": "positions"}  # custom_params
@@ -52,6 +53,11 @@ LEAK_CHECKS = {
 
 # One thread: a tiny model gains nothing from more, and several servers share a machine's cores.
 SMALL_SERVER = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+LAUNCH = ("-m", "sglang.launch_server")
+
+
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    return os.environ | SMALL_SERVER | LEAK_CHECKS | (more or {})
 
 
 class Server:
@@ -63,33 +69,38 @@ class Server:
         command: what Python runs.
     """
 
+    prefork: Prefork | None = None  # if set, starts those that it can
+
     def __init__(
         self,
         *flags: str,
         model: Path | str = CHECKPOINT,
         env: dict[str, str] | None = None,
         python: str = sys.executable,
-        command: tuple[str, ...] = ("-m", "sglang.launch_server"),
+        command: tuple[str, ...] = LAUNCH,
         cwd: Path = ROOT,
         start_timeout: float = 240.0,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = Path(tempfile.mkstemp(prefix="server-", suffix=".log")[1])
-        command = [
-            python, *command, "--model-path", str(model), "--dtype", "float32",
+        flags = [
+            "--model-path", str(model), "--dtype", "float32",
             "--host", "127.0.0.1", "--port", str(self.port), "--mem-fraction-static", "0.3",
             "--random-seed", "0", *flags,
         ]  # fmt: skip
-        environment = os.environ | SMALL_SERVER | LEAK_CHECKS | (env or {})
-        self.process = subprocess.Popen(
-            command,
-            stdout=self.log_path.open("w"),
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=cwd,
-            start_new_session=True,
-        )
+        ordinary = (python, command, cwd) == (sys.executable, LAUNCH, ROOT)
+        if self.prefork and ordinary and READ_LATE.issuperset(env or {}):
+            self.process = self.prefork.start(flags, self.log_path, env or {})
+        else:
+            self.process = subprocess.Popen(
+                [python, *command, *flags],
+                stdout=self.log_path.open("w"),
+                stderr=subprocess.STDOUT,
+                env=environment(env),
+                cwd=cwd,
+                start_new_session=True,
+            )
         try:
             self._wait_until_ready(start_timeout)
         except BaseException:

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import sysconfig
-import textwrap
 import venv
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,18 +35,96 @@ for flags in json.loads(sys.argv[1]):
 """
 
 
-def resolve_all(commands: list[list[str]], tmp_path: Path) -> list[str]:
+SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
+REFUSED = {  # by what is said
+    "--page-size": ["--page-size", "16"],
+    "--speculative-algorithm": ["--speculative-algorithm", "NGRAM"],
+    "--disaggregation-mode": ["--disaggregation-mode", "prefill"],
+    "--pp-size": ["--pp-size", "2"],
+    "hierarchical": ["--enable-hierarchical-cache"],
+    "--attention-backend triton": ["--attention-backend", "triton"],
+    "--enable-streaming-session,": ["--enable-streaming-session"],
+    "--kv-cache-dtype": ["--kv-cache-dtype", "fp8_e5m2"],
+    "KV heads": ["--tp-size", "4"],
+    "in (0, 1]": ["--kv-budget", "1.5"],
+    "it must be in (0, 1]": ["--kv-budget", "0"],
+    "vlcache knows budget, recent_fraction": ["--kv-policy-config", '{"recent": 0.2}'],
+    "neither a JSON object nor a readable file": ["--kv-policy-config", "no/such/file.json"],
+    "not valid JSON": ["--kv-policy-config", "{budget: 1}"],
+    "max_rows": ["--kv-policy-config", '{"max_rows": 4}'],
+    "sliding-window": ["--model-path", "sliding"],
+}
+MODEL = ["--model-path", str(CHECKPOINT)]
+VLCACHE = [*MODEL, "--kv-policy", "vlcache"]
+ACCEPTED = [
+    MODEL,
+    [*MODEL, "--page-size", "16"],
+    VLCACHE,
+    [*VLCACHE, "--kv-policy-config", "policy.json"],
+    [*VLCACHE, "--enable-mixed-chunk"],
+    [*VLCACHE, "--disable-radix-cache"],
+    ["--config", "server.yaml"],
+]
+
+UNPATCHED = """
+from sglang_vlkv.plugin import HOOKS, hooks_missing
+assert hooks_missing() == [hook.target for hook in HOOKS]
+from sglang.srt.plugins import load_plugins
+load_plugins()
+assert hooks_missing() == []
+print("noticed")
+"""
+
+CHANGED = """
+import sglang.srt.managers.scheduler as scheduler
+del scheduler.Scheduler._should_defer_prefill
+scheduler.Scheduler.get_prefill_adder_class = lambda this: None
+from sglang_vlkv.plugin import mismatches
+print("\\n".join(mismatches()))
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> dict[str, Future]:
+    """Processes that mostly import, by name; two at a time."""
+    folder, other = tmp_path_factory.mktemp("flags"), tmp_path_factory.mktemp("other")
+    checkpoint_like(folder / "sliding", text_config=SLIDING)
+    (folder / "policy.json").write_text('{"p": 0.02, "modality_floors": {"text": 1.0}}')
+    (folder / "server.yaml").write_text(f"model-path: {CHECKPOINT}\nkv-policy: vlcache\nkv-budget: 0.2\n")
+    info = other / "sglang-0.5.22.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.22\n")
+    launch = ("-m", "sglang.launch_server")
+    resolve = json.dumps([VLCACHE + flags for flags in REFUSED.values()] + ACCEPTED)
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", *arguments],
+            capture_output=True, text=True, timeout=300, cwd=folder, env=os.environ | env,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            "resolve": pool.submit(run, "-c", RESOLVE, resolve),
+            "help": pool.submit(run, *launch, "--help"),
+            "unknown": pool.submit(run, *launch, *MODEL, "--kv-policy", "vlcash"),
+            "other version": pool.submit(run, *launch, *MODEL, PYTHONPATH=str(other)),
+            "unpatched": pool.submit(run, "-c", UNPATCHED),
+            "changed": pool.submit(run, "-c", CHANGED),
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def resolved(done) -> list[str]:
     """What SGLang's own argument resolution, which runs before anything loads, says to each."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RESOLVE, json.dumps(commands)],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
-    )  # fmt: skip
+    run = done["resolve"].result()
     results = [json.loads(line[7:]) for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(results) == len(commands), run.stdout + run.stderr
+    assert len(results) == len(REFUSED) + len(ACCEPTED), run.stdout + run.stderr
     return results
 
 
-def checkpoint_like(folder: Path, **changes) -> str:
+def checkpoint_like(folder: Path, **changes) -> None:
     """The example checkpoint's configuration with ``changes``; enough to be refused."""
     folder.mkdir()
     for file in CHECKPOINT.iterdir():
@@ -55,65 +133,24 @@ def checkpoint_like(folder: Path, **changes) -> str:
     config = json.loads((folder / "config.json").read_text())
     config["text_config"].update(changes.pop("text_config", {}))
     (folder / "config.json").write_text(json.dumps(config | changes))
-    return str(folder)
 
 
-def test_what_cannot_be_served_is_refused_before_loading(tmp_path):
-    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
-    refused = {
-        "--page-size": ["--page-size", "16"],
-        "--speculative-algorithm": ["--speculative-algorithm", "NGRAM"],
-        "--disaggregation-mode": ["--disaggregation-mode", "prefill"],
-        "--pp-size": ["--pp-size", "2"],
-        "hierarchical": ["--enable-hierarchical-cache"],
-        "--attention-backend triton": ["--attention-backend", "triton"],
-        "--enable-streaming-session,": ["--enable-streaming-session"],
-        "--kv-cache-dtype": ["--kv-cache-dtype", "fp8_e5m2"],
-        "KV heads": ["--tp-size", "4"],
-        "in (0, 1]": ["--kv-budget", "1.5"],
-        "it must be in (0, 1]": ["--kv-budget", "0"],
-        "vlcache knows budget, recent_fraction": ["--kv-policy-config", '{"recent": 0.2}'],
-        "neither a JSON object nor a readable file": ["--kv-policy-config", "no/such/file.json"],
-        "not valid JSON": ["--kv-policy-config", "{budget: 1}"],
-        "max_rows": ["--kv-policy-config", '{"max_rows": 4}'],
-        "sliding-window": ["--model-path", checkpoint_like(tmp_path / "sliding", text_config=sliding)],
-    }
-    base = ["--model-path", str(CHECKPOINT), "--kv-policy", "vlcache"]
-    commands = [base + flags for flags in refused.values()]
-    for said, result, flags in zip(refused, resolve_all(commands, tmp_path), refused.values()):
+def test_what_cannot_be_served_is_refused_before_loading(resolved):
+    for (said, flags), result in zip(REFUSED.items(), resolved):
         print(flags, "->", result)
         assert result != "accepted", flags
         assert said in result, (flags, result)
         assert "\n" not in result, "one sentence, please"
 
 
-def test_what_can_be_served_is_accepted(tmp_path):
-    config = tmp_path / "policy.json"
-    config.write_text('{"p": 0.02, "modality_floors": {"text": 1.0}}')
-    yaml = tmp_path / "server.yaml"
-    yaml.write_text(f"model-path: {CHECKPOINT}\nkv-policy: vlcache\nkv-budget: 0.2\n")
-    base = ["--model-path", str(CHECKPOINT)]
-    commands = [
-        base,
-        base + ["--page-size", "16"],
-        base + ["--kv-policy", "vlcache"],
-        base + ["--kv-policy", "vlcache", "--kv-policy-config", str(config)],
-        base + ["--kv-policy", "vlcache", "--enable-mixed-chunk"],
-        base + ["--kv-policy", "vlcache", "--disable-radix-cache"],
-        ["--config", str(yaml)],
-    ]
-    assert resolve_all(commands, tmp_path) == ["accepted"] * len(commands)
+def test_what_can_be_served_is_accepted(resolved):
+    assert resolved[len(REFUSED) :] == ["accepted"] * len(ACCEPTED)
 
 
-def test_help_and_unknown_policy():
-    command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server"]
-    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+def test_help_and_unknown_policy(done):
     for flag in ("--kv-policy {none,vlcache,vlkv,", "--kv-budget", "--kv-policy-config"):
-        assert flag in helped.stdout
-    unknown = subprocess.run(
-        [*command, "--model-path", str(CHECKPOINT), "--kv-policy", "vlcash"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        assert flag in done["help"].result().stdout
+    unknown = done["unknown"].result()
     assert unknown.returncode != 0
     assert "invalid choice: 'vlcash'" in unknown.stderr and "vlcache" in unknown.stderr
 
@@ -161,33 +198,16 @@ def test_sglang_serve_and_yaml(tmp_path):
         assert report(server.generate(prompt.text, prompt.images))["budget"] == 0.2
 
 
-def test_another_sglang_version_is_refused(tmp_path):
-    info = tmp_path / "sglang-0.5.22.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.22\n")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", "--model-path", str(CHECKPOINT)],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+def test_another_sglang_version_is_refused(done):
+    run = done["other version"].result()
     assert run.returncode != 0
     assert "expected sglang 0.5.23, found 0.5.22" in run.stderr
     assert "pip install 'sglang==0.5.23'" in run.stderr
 
 
-def test_unpatched_hooks_are_noticed():
+def test_unpatched_hooks_are_noticed(done):
     """The scheduler checks this before the first request."""
-    code = """
-    from sglang_vlkv.plugin import HOOKS, hooks_missing
-    assert hooks_missing() == [hook.target for hook in HOOKS]
-    from sglang.srt.plugins import load_plugins
-    load_plugins()
-    assert hooks_missing() == []
-    print("noticed")
-    """
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    run = done["unpatched"].result()
     assert run.stdout.strip() == "noticed", run.stdout + run.stderr
 
 
@@ -202,18 +222,8 @@ def test_the_cpu_platform_stays_out_of_the_way(monkeypatch, accelerator, engine,
     assert activate() == wanted
 
 
-def test_a_changed_upstream_symbol_is_refused():
-    code = """
-    import sglang.srt.managers.scheduler as scheduler
-    del scheduler.Scheduler._should_defer_prefill
-    scheduler.Scheduler.get_prefill_adder_class = lambda this: None
-    from sglang_vlkv.plugin import mismatches
-    print("\\n".join(mismatches()))
-    """
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def test_a_changed_upstream_symbol_is_refused(done):
+    run = done["changed"].result()
     assert "expected sglang.srt.managers.scheduler.Scheduler._should_defer_prefill, found none" in run.stdout
     assert "get_prefill_adder_class to take self, found (this)" in run.stdout
 
