@@ -202,7 +202,8 @@ def test_eight_clients_with_one_prompt_share_one_copy(fleet, name, tolerance):
 
 @pytest.mark.parametrize("name", ["fallback", "prefer"])
 def test_a_fork_holds_its_beginning_once(fleet, name, tolerance):
-    """Eight continuations of one answered question about a picture, all at once."""
+    """Eight continuations of one answered question about a picture, all at once: none is answered
+    before the last has come, which would find more than its beginning."""
     server = fleet[name]
     server.flush()
     [base], [first] = talk(server, list(turns(3, "image", 1)), length=24)
@@ -210,7 +211,7 @@ def test_a_fork_holds_its_beginning_once(fleet, name, tolerance):
         evict_exact_kv(server, POOL)
     before, start, rng = twins(server), len(server.log()), random.Random(3)
     branches = [base.answered(first).ask(words(rng, 6)) for _ in range(8)]
-    answers = server.many([branch.body(16, custom=POSITIONS) for branch in branches])
+    answers = server.many([branch.body(48, custom=POSITIONS) for branch in branches])
     assert {prefix(answer)["tokens"] for answer in answers} == {end(first)}
     kinds = [prefix(answer)["kind"] for answer in answers]
     assert set(kinds) <= {"twin", "shared"} and kinds.count("shared") >= 6, kinds
@@ -222,7 +223,7 @@ def test_a_fork_holds_its_beginning_once(fleet, name, tolerance):
         [prompt], [again] = talk(server, list(turns(3, "image", 1)), length=24)
         if name == "fallback":
             evict_exact_kv(server, POOL)
-        [alone] = server.many([branch.body(16, custom=POSITIONS)])
+        [alone] = server.many([branch.body(48, custom=POSITIONS)])
         assert prefix(alone) == {"kind": "twin", "tokens": end(again)}
         assert_same([alone], [answer], tolerance, f"a branch alone, {name}")
 
