@@ -353,7 +353,7 @@ def test_kernels_compile_for_three_architectures_without_spilling(tmp_path):
     kernels = {"_build_indices", "_plan_chunks", "_decode_chunks", "_merge_chunks", "_extend"}
     assert {(r["kernel"], r["arch"]) for r in compiled} == {(k, a) for k in kernels for a in (80, 90, 100)}
     assert len(done.stdout.splitlines()) == 2 + len(compiled)
-    # Not once per layer or batch size: a server would compile while it serves.
+    # Not once per layer or batch size of a range: a server would compile while it serves.
     assert len({(r["case"], r["kernel"], r["arch"]) for r in compiled}) == len(compiled)
     for r in compiled:
         assert r["spills"] == 0 and 0 < r["registers"] <= 255, r

