@@ -48,16 +48,20 @@ def register_resolution() -> None:
 def _choose_attention_backend(server_args, previous) -> None:
     """Where the operator named no backend, SGLang picks one for the hardware, which may have no
     ragged counterpart."""
-    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.arg_groups.model_override_base import get_default_attn_backend, model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view, use_mla_backend
 
     named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     cfg = resolving_view(server_args)
     chosen = config.settings_of(server_args) is None or any(getattr(cfg, name) for name in named)
+    # Before SGLang resolves its own choice, which would decide on the page size too.
     if not chosen and cfg.device == "cpu":
         declare_resolution(server_args, "sglang_vlkv", attention_backend="torch_native")
+    elif not chosen and cfg.device == "cuda":
+        uses_mla, model = use_mla_backend(server_args), model_config_of(server_args)
+        if get_default_attn_backend(server_args, uses_mla, model) not in COUNTERPARTS["cuda"]:
+            declare_resolution(server_args, "sglang_vlkv", attention_backend="triton")
     previous(server_args)
-    if not chosen and cfg.device == "cuda" and cfg.attention_backend not in COUNTERPARTS["cuda"]:
-        declare_resolution(server_args, "sglang_vlkv", attention_backend="triton")
 
 
 def _validate(server_args, previous) -> None:

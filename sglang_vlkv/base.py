@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cached_property
-from typing import ClassVar, Iterator, Mapping, NamedTuple
+from typing import Callable, ClassVar, Iterator, Mapping, NamedTuple
 
 import torch
 
@@ -65,6 +65,29 @@ class Prompt:
     def visual(self) -> torch.Tensor:
         """Which positions hold a visual token, ``[n]`` bool."""
         return torch.isin(self.tags, torch.tensor(VISUAL, dtype=self.tags.dtype))
+
+    def visual_positions(self, device: torch.device) -> torch.Tensor:
+        """Where the visual tokens are, ``[m]`` int64 on ``device``."""
+        return self._on("visual", lambda: self.visual.nonzero().flatten(), device)
+
+    def rotary_positions(self, device: torch.device) -> torch.Tensor:
+        """:attr:`positions` on ``device``, also where they are 0 .. n-1."""
+        return self._on(
+            "rotary",
+            lambda: torch.arange(self.num_tokens)[None] if self.positions is None else self.positions,
+            device,
+        )
+
+    @cached_property
+    def _copies(self) -> dict[tuple[str, torch.device], torch.Tensor]:
+        return {}
+
+    def _on(self, name: str, make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Copied once for all layers, and without waiting for what the device is at."""
+        if (name, device) not in self._copies:
+            made = make().pin_memory() if device.type == "cuda" else make()
+            self._copies[name, device] = made.to(device, non_blocking=True)
+        return self._copies[name, device]
 
     @property
     def num_visual(self) -> int:
@@ -150,9 +173,7 @@ class Layer:
 
     def positions(self, start: int, end: int) -> torch.Tensor:
         """Rotary positions of prompt positions ``[start, end)``, ``[axes, end - start]`` int64."""
-        if self.prompt.positions is None:
-            return torch.arange(start, end, device=self.device)[None]
-        return self.prompt.positions[:, start:end].to(self.device)
+        return self.prompt.rotary_positions(self.device)[:, start:end]
 
 
 class LayerScores(NamedTuple):

@@ -106,9 +106,12 @@ class Compactor:
             return
         self._await_forward()
         # All exact prompts go before any kept row is placed: they may share what they free.
+        selections = self._select(fresh)
         gathered = [
-            self._gather(req, state, selection)
-            for (req, state), selection in zip(fresh, self._select(fresh), strict=True)
+            self._gather(req, state, selection, positions)
+            for (req, state), selection, positions in zip(
+                fresh, selections, _on_host(selections), strict=True
+            )
         ]
         homeless = [item.req for item in gathered if not self._place(item)]
         if homeless:
@@ -129,7 +132,7 @@ class Compactor:
             for layer in range(num_layers):
                 counted += _counted(state.scores[layer])
         sizes = [len(numbers) for numbers in counted]
-        # The only wait for the device: all layers of all requests in one copy.
+        # The first of two waits for the device: all layers of all requests in one copy.
         totals = iter(self._sum_over_ranks(torch.cat(counted).cpu()).split(sizes))
         selections = []
         for _, state in fresh:
@@ -168,7 +171,9 @@ class Compactor:
             state.evicted = end
             batch.batch_is_full = False
 
-    def _gather(self, req: Req, state: RequestState, selection: Selection) -> Gathered:
+    def _gather(
+        self, req: Req, state: RequestState, selection: Selection, positions: list[torch.Tensor]
+    ) -> Gathered:
         tree, pool = self._tree, self._pool
         start, n = state.plan.start, state.plan.end
         if req.kv.cache_protected_len < n and not req.skip_radix_cache_insert:
@@ -177,11 +182,10 @@ class Compactor:
         protected = req.kv.cache_protected_len
         row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         slots = row[start:n].long()
-        kept = torch.cat(selection.kept, dim=1)
-        positions = (kept + start).to(torch.int32).cpu().split(selection.num_kept, dim=1)
-        rows = self._rows(state.plan.policy, slots, selection.num_kept, kept)
+        rows = self._rows(state.plan.policy, slots, selection)
         tail = pool.storage[:, :, row[n : max(n, protected)].long()].transpose(0, 1).clone()
-        gathered = Gathered(req, state, list(positions), selection.sparsity, rows, tail)
+        positions = [layer + start for layer in positions]
+        gathered = Gathered(req, state, positions, selection.sparsity, rows, tail)
         if protected < n:
             tree.free_kv_row(req.kv, [(protected, n)])
         # The request owns nothing below its outputs now; what follows only ever adds to that.
@@ -191,21 +195,19 @@ class Compactor:
             req.lock = None
         return gathered
 
-    def _rows(
-        self, policy: Policy, slots: torch.Tensor, num_kept: list[int], kept: torch.Tensor
-    ) -> torch.Tensor:
+    def _rows(self, policy: Policy, slots: torch.Tensor, selection: Selection) -> torch.Tensor:
         """K and V ``[2, sum(num_kept), H, D]`` of all layers, with what was merged into them."""
         pool = self._pool
         if policy.merge == "similar":
-            layers = zip(pool.k_buffer, pool.v_buffer, kept.split(num_kept, dim=1), strict=True)
-            merged = [merge(policy, keys[slots], values[slots], own) for keys, values, own in layers]
+            layers = zip(pool.k_buffer, pool.v_buffer, selection.kept, strict=True)
+            merged = [merge(policy, keys[slots], values[slots], kept) for keys, values, kept in layers]
             return torch.cat([torch.stack(both) for both in merged], dim=1)
         return gather_rows(
             pool.k_cells,
             pool.v_cells,
             slots,
-            kept,
-            num_kept,
+            torch.cat(selection.kept, dim=1),
+            selection.num_kept,
             pool.cells_per_layer,
             merge=policy.merge == "bucket_mean",
             sink_tokens=policy.sink_tokens,
@@ -265,8 +267,8 @@ class Compactor:
         state.first_own = n
         state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
         state.scores, state.pending = {}, False
-        pool.requests.sees(state)
         tree.hold(req, state, twin)
+        pool.requests.sees(state)
         tree.twins.exact_is_there(twin)
         tree.unlock(req.lock)
         req.lock = lock
@@ -320,6 +322,15 @@ class Compactor:
             batch.release_req(index, len(batch.reqs) - 1)
             batch.filter_batch(keep_indices=[i for i in range(len(batch.reqs)) if i != index])
             scheduler._add_request_to_queue(req, is_retracted=True)
+
+
+def _on_host(selections: list[Selection]) -> list[list[torch.Tensor]]:
+    """What the selections keep, on the host and as int32; all of it is one wait for the device."""
+    layers = [layer for selection in selections for layer in selection.kept]
+    flat = torch.cat([layer.to(torch.int32).flatten() for layer in layers]).cpu()
+    pieces = zip(flat.split([layer.numel() for layer in layers]), layers, strict=True)
+    on_host = iter([piece.view(layer.shape) for piece, layer in pieces])
+    return [[next(on_host) for _ in selection.kept] for selection in selections]
 
 
 def _counted(scores: LayerScores) -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,9 +120,11 @@ USES = {
     "sglang.srt.arg_groups.overrides": {
         "declare_resolution": "server_args source fields",
         "resolving_view": "server_args",
+        "use_mla_backend": "server_args",
     },
     "sglang.srt.arg_groups.model_override_base": {
         "model_config_of": "server_args",
+        "get_default_attn_backend": "server_args use_mla_backend model_config",
     },
     "sglang.srt.layers.attention.attention_registry": {
         "register_attention_backend": "name",
@@ -142,6 +144,8 @@ USES = {
         "AttentionBackend.init_forward_metadata_out_graph": "self forward_batch in_capture",
         "AttentionBackend.init_forward_metadata_in_graph": "self forward_batch",
         "AttentionBackend.init_cuda_graph_state": "self max_bs max_num_tokens",
+        "AttentionBackend._snapshot_prefill_shared_reads": "self forward_batch num_qo_tokens",
+        "SharedReadEnds.UNKNOWN": "",
     },
     "sglang.srt.runtime_context": {
         "get_parallel": "",

@@ -181,7 +181,9 @@ class TwinRadixCache(UnifiedRadixCache):
         tags = self.pool.tags
         slots = self.req_to_token_pool.req_to_token[row, req.prefix_len : req.extend_end].long()
         tags[slots] = Modality.TEXT
-        prompt = state.asked.prompt.tags[req.prefix_len : req.extend_end].to(tags.device)
+        prompt = state.asked.prompt.tags[req.prefix_len : req.extend_end]
+        if tags.is_cuda:  # a copy from memory that is not pinned would wait for the running prefill
+            prompt = prompt.pin_memory().to(tags.device, non_blocking=True)
         tags[slots[: len(prompt)]] = prompt
 
     def _go_on_from(self, req: Req, state: RequestState, hit: Hit) -> None:
@@ -207,8 +209,8 @@ class TwinRadixCache(UnifiedRadixCache):
             rows = sum(layer.shape[1] for layer in state.kept)
             own = 0 if state.pending else max(0, n - state.first_own)
             state.kept_slots = -(-rows // self.pool.layer_num) + own
-        self.requests.sees(state)
         self.hold(req, state, twin, hit.rows)
+        self.requests.sees(state)
         self.twins.hits += 1
 
     # ---- Twins of live requests ----

@@ -88,6 +88,8 @@ class RequestState:
         scores: per layer, once its last chunk has run.
         cells: per layer, the cells of the compacted rows that it sees, ``[num_kept[l]]`` int32; None
             while all is exact. Without the sliding rows, where there are any.
+        max_cells: the most cells that it sees in all layers together, on any rank; known where
+            a device reads them.
         first_own: tokens from this sequence position on have slots of their own.
         twin, twin_rows: the piece that ``cells`` ends with, and how many of its rows per layer they
             hold, None for all. Still there for the report when the request has ended.
@@ -118,6 +120,7 @@ class RequestState:
     draft_rows: int = 0
     scores: dict[int, LayerScores] = field(default_factory=dict)
     cells: list[torch.Tensor] | None = None
+    max_cells: int = 0
     first_own: int = 0
     twin: Twin | None = None
     twin_rows: list[int] | None = None
@@ -166,6 +169,7 @@ class Requests:
     def sees(self, state: RequestState) -> None:
         """``state``'s cells are others now."""
         if self.on_device is not None:
+            state.max_cells = sum(sum(piece.num_rows) for piece in state.twin.chain())
             self.on_device.set(state.row, state.cells, state.sliding, state.first_own)
 
     def expect(self, decoding: Iterable[tuple[object, int]], num_layers: int) -> None:
@@ -179,8 +183,9 @@ class Requests:
             if state is None or state.cells is None:
                 visible += length * num_layers
                 continue
-            own = sum(state.sliding) or (length - state.first_own) * num_layers
-            visible += sum(map(len, state.cells)) + own
+            # Bounds that are equal on all tensor-parallel ranks, as what follows from them must be.
+            own = max(length - state.first_own, max(state.sliding, default=0))
+            visible += state.max_cells + own * num_layers
             drafts |= bool(state.plan.writes_draft)
         self.on_device.visible, self.on_device.drafts = visible, drafts
 

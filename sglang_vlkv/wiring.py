@@ -110,6 +110,16 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         end_of_turn_ids=set(scheduler.model_config.hf_eos_token_id or ()),
     )
     tree.compactor = Compactor(tree, _rank_sum(scheduler), _forward_barrier(scheduler))
+    if tree.pool.requests.on_device is not None:
+        scheduler.tp_worker.model_runner.attn_backend.warm_up()
+        graphs = getattr(scheduler.tp_worker.model_runner.decode_cuda_graph_runner, "capture_bs", None)
+        if graphs and max(graphs) < scheduler.max_running_requests:
+            logger.info(
+                "Compaction makes room for up to %d requests at once, and decode steps of more than %d run "
+                "without a CUDA graph. --cuda-graph-max-bs-decode raises that.",
+                scheduler.max_running_requests,
+                max(graphs),
+            )
     logger.info("KV policy armed: %r", settings)
 
 

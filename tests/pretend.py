@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("meta")  # torch knows it everywhere, and nothing of the product asks for it
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique_dim"}
+WAITS = {f"aten::{op}" for op in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim")}
 
 
 class OnGpu(torch.Tensor):
@@ -39,11 +39,14 @@ class PretendGpu(TorchDispatchMode):
 
     Attributes:
         waits: names of the operations that the host would have waited for.
+        sent: shapes of what was copied from the host, for which it would have waited too, had the
+            memory not been pinned.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.sent: list[torch.Size] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.name().split(".")[0]
@@ -69,6 +72,8 @@ class PretendGpu(TorchDispatchMode):
         leaves = moves and bool(ours) and not to_gpu
         if ours and (name in WAITS or indexed) or leaves:
             self.waits.append(name)
+        if moves and to_gpu:
+            self.sent += [x.shape for x in tensors if not isinstance(x, OnGpu) and x.ndim]
         before = {id(x.inner): x for x in ours}
         bare = tree_map(lambda x: x.inner if isinstance(x, OnGpu) else x, (args, kwargs))
         out = func(*bare[0], **bare[1])

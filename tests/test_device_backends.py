@@ -5,6 +5,7 @@ FlashAttention backend; pools, attention layers and batches are SGLang's own.
 """
 
 import re
+from array import array
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from sglang_vlkv.kernels.ragged_attention import indices
 from sglang_vlkv.policies import policies
 from sglang_vlkv.pool import CellPool
 from sglang_vlkv.requests import Plan
+from sglang_vlkv.twins import Twin
 
 LAYERS, HEADS, GROUP, DIM, SLOTS, ROWS = 3, 2, 3, 20, 400, 8
 VLCACHE = policies()["vlcache"](min_rows=4)
@@ -80,6 +82,8 @@ class World:
         packed = self.slots(-(-sum(num_kept) // LAYERS)).long()
         state.cells, state.first_own = self.pool.packed_cells(packed, num_kept), state.plan.end
         state.sliding, state.pending = list(sliding), False
+        positions = [torch.zeros(HEADS, count, dtype=torch.int32) for count in num_kept]
+        state.twin = Twin((), 0, array("q", [0]), state.plan.end, state.cells, positions, packed)
         self.pool.requests.sees(state)
 
     def batch(self, mode: ForwardMode, rows: list[int], starts: list[int], ends: list[int]) -> ForwardBatch:
@@ -288,6 +292,12 @@ def test_a_decode_step_reads_nothing_on_the_host(world, monkeypatch):
         world.run(world.device, batch)
     with NothingIsRead(), pytest.raises(Read):
         world.run(world.cpu, batch)
+
+
+def test_warming_up_changes_nothing_but_the_padding_slot(world):
+    before = world.pool.storage[:, :, 1:].clone()
+    world.device.warm_up(num_keys=(40,), num_new=(1, 5))
+    assert torch.equal(world.pool.storage[:, :, 1:], before)
 
 
 @pytest.mark.parametrize("asks", [dict(logit_cap=30.0), dict(sinks=torch.zeros(1))])

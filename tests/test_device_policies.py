@@ -30,11 +30,11 @@ def tensors(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=random) for shape in shapes]
 
 
-def scores_of(policy, q, k, v, cache, index: int):
+def scores_of(policy, q, k, v, cache, index: int, prompt: Prompt = PROMPT):
     rope = Rope(cache, None, True)
-    whole = Layer(PROMPT, q, Rows(k), Rows(v), 0.2, index, rope)
+    whole = Layer(prompt, q, Rows(k), Rows(v), 0.2, index, rope)
     seen = policy.observe(None, whole) if policy.observes else None
-    return policy.score(Layer(PROMPT, q[-VOTING:], Rows(k), Rows(v), 0.2, index, rope, seen))
+    return policy.score(Layer(prompt, q[-VOTING:], Rows(k), Rows(v), 0.2, index, rope, seen))
 
 
 def on_cpu(x):
@@ -88,8 +88,13 @@ def test_scoring_waits_for_nothing(name, monkeypatch):
     with PretendGpu() as gpu:
         moved = [x.to(GPU) for x in own]
         monkeypatch.setattr(votes, "post_vision_scores", Attention(gpu))
-        scores_of(policy, *moved, index=0)
-    assert bool(gpu.waits) == (name in WAITS), gpu.waits
+        prompt = Prompt(PROMPT.tags, PROMPT.last_turn)
+        scores_of(policy, *moved, index=0, prompt=prompt)
+        assert bool(gpu.waits) == (name in WAITS), gpu.waits
+        gpu.sent.clear()
+        scores_of(policy, *moved, index=1, prompt=prompt)
+        # What all layers need is copied once; noise is the same on every device.
+        assert bool(gpu.sent) == (name == "random"), gpu.sent
 
 
 class Attention:

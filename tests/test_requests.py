@@ -221,7 +221,7 @@ def test_kept_rows_of_all_layers_come_to_lie_in_their_cells(pool, merge, num_fix
             expected.append(torch.stack(merged(policy, k, v, own)))
     assert torch.equal(rows, torch.cat(expected, dim=1))
     twin = SimpleNamespace(num_rows=num_fixed)
-    item = SimpleNamespace(rows=rows, selection=Selection(kept, None))
+    item = SimpleNamespace(rows=rows, num_kept=num_kept)
     compactor._fill(twin, torch.arange(1, 1 - (-sum(num_fixed) // LAYERS)), item)
     for layer, (at, own) in enumerate(zip(twin.cells, expected, strict=True)):
         assert len(at) == num_fixed[layer]

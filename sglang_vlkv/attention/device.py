@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
@@ -12,7 +13,10 @@ from sglang_vlkv.attention.rotary import find_rope
 from sglang_vlkv.attention.scoring import chunk_of, extends_of, heads, score
 from sglang_vlkv.base import Modality
 from sglang_vlkv.device_rows import DeviceRows
+from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
+from sglang_vlkv.kernels.post_vision import post_vision_scores
 from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices, ragged_extend
+from sglang_vlkv.kernels.selection import select_rows
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -21,7 +25,8 @@ if TYPE_CHECKING:
     from sglang_vlkv.attention.scoring import Extend
     from sglang_vlkv.requests import RequestState
 
-SHARED = 2  # a decode step's index lists may be this often longer than the pool: rows are shared
+SHARED = 8  # a decode step's index lists may be this often longer than the pool: rows are shared
+PADDING = 64  # most requests that SGLang adds to fill a captured batch, which list a row per layer
 
 
 class DecodeKernel(Protocol):
@@ -77,17 +82,23 @@ class RaggedDeviceBackend:
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
         num_rows = len(self._req_to_token)
         capacity = SHARED * pool.layer_num * pool.cells_per_layer // 2
-        self._rows = pool.requests.on_device = DeviceRows(num_rows, pool.layer_num, capacity, pool.device)
+        room = capacity - PADDING * pool.layer_num
+        self._rows = pool.requests.on_device = DeviceRows(num_rows, pool.layer_num, room, pool.device)
         self._indices = RaggedIndices(pool.layer_num, num_rows, capacity, pool.device)
         config = model_runner.model_config
         num_q_heads = config.num_attention_heads // get_parallel().attn_tp_size
-        self._kernel = self.decode_kernel(num_rows, num_q_heads, config.dtype)
+        self._queries = num_q_heads, config.dtype
+        self._kernel = self.decode_kernel(num_rows, *self._queries)
         self._lists: tuple[torch.Tensor, torch.Tensor] = ()
         self._chunks, self._drafting, self._extends = [], [], None
 
     def decode_kernel(self, max_requests: int, num_q_heads: int, dtype: torch.dtype) -> DecodeKernel:
         """What attends in decode steps."""
         raise NotImplementedError
+
+    def _snapshot_prefill_shared_reads(self, forward_batch: ForwardBatch, *, num_qo_tokens: int):
+        """Scoring reads the row tables to a prefill's last layer."""
+        return SharedReadEnds.UNKNOWN
 
     # ---- Metadata ----
 
@@ -164,13 +175,43 @@ class RaggedDeviceBackend:
         per_layer = lists.qo_indptr, lists.indptr[layer], lists.indices
         ragged_extend(q, *cells, *per_layer, scale, lists.longest, out)
 
+    def warm_up(self, num_keys: tuple[int, ...] = (512, 4096), num_new: tuple[int, ...] = (1, 256)) -> None:
+        """Compiles the kernels that no CUDA graph has compiled, on zeros and on SGLang's padding slot:
+        a first request would wait seconds for them.
+
+        Args:
+            num_keys: prompt lengths, one on each side of what kernels are compiled for.
+            num_new: likewise, new tokens behind compacted rows.
+        """
+        pool, layers = self.token_to_kv_pool, self.token_to_kv_pool.layer_num
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=pool.device)
+
+        num_q_heads, q_dtype = self._queries
+        for n in num_keys:
+            q, slots = zeros(16, num_q_heads, pool.head_dim, dtype=q_dtype), zeros(n)
+            for reduce in ("sum", "max"):
+                post_vision_scores(q, pool.get_key_buffer(0), 1.0, reduce=reduce, slots=slots)
+            scores = zeros(layers, pool.head_num, n, dtype=torch.float32)
+            kept = select_rows(scores, scores.to(torch.int8), [1] * layers)
+            rows = gather_rows(pool.k_cells, pool.v_cells, slots.long(), kept, [1] * layers, 0)
+        scatter_rows(pool.k_cells, pool.v_cells, zeros(1), rows[:, :1])
+        for count in num_new:
+            ends = [0, count]
+            lists = torch.tensor([ends] * (layers + 1), dtype=torch.int32, device=pool.device)
+            self.plan_extend([count], [[count] * layers])
+            q = zeros(count, num_q_heads, pool.head_dim, dtype=q_dtype)
+            extends = Extends(lists[0], lists[1:], zeros(count), count)
+            self.extend(0, q, extends, 1.0, torch.empty_like(q))
+
     # ---- Attention ----
 
     def forward_decode(
         self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache=True, **others
     ):
         self._refuse(layer, others)
-        q_heads, out = heads(q.contiguous(), layer), torch.empty_like(q)
+        q_heads, out = heads(q, layer), torch.empty_like(q, memory_format=torch.contiguous_format)
         if save_kv_cache:
             self._write(layer, forward_batch, k, v)
         cells = self.token_to_kv_pool.k_cells, self.token_to_kv_pool.v_cells

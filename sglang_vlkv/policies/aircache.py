@@ -45,7 +45,7 @@ class AirCache(Policy):
         chosen = (received >= self.elite * received.max()).nonzero().flatten()
         rows = chosen + num_keys - num_rows
         votes = scored(layer, layer.q[chosen], rows=rows)
-        visual = votes.scores[:, layer.prompt.visual.to(votes.scores.device)] / len(chosen)
+        visual = votes.scores[:, layer.prompt.visual_positions(layer.device)] / len(chosen)
         return votes._replace(profile=importance_profile(visual))
 
     def layer_budgets(

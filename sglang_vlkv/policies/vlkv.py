@@ -68,7 +68,7 @@ class VLKV(Policy):
         scores[:, question:] *= self.question_weight
         if not (self.prior or self.quota):
             return attention._replace(scores=scores)
-        visual = prompt.visual.nonzero().flatten().to(scores.device)
+        visual = prompt.visual_positions(scores.device)
         outlying = self.outlyingness(layer, visual)
         level = self.prior * scores[:, visual].mean(1, keepdim=True)
         scores[:, visual] += level * outlying / outlying.mean(1, keepdim=True).clamp_min(1e-12)
@@ -85,4 +85,5 @@ class VLKV(Policy):
         variance = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
         eye = torch.eye(keys.shape[2], device=keys.device)
         covariance += self.ridge * variance[:, None, None] * eye
-        return (keys * torch.linalg.solve(covariance, keys.mT).mT).sum(-1)
+        solved, _ = torch.linalg.solve_ex(covariance, keys.mT)  # linalg.solve waits for a GPU's verdict
+        return (keys * solved.mT).sum(-1)

@@ -15,7 +15,8 @@ BLOCK_ROWS = 32
 BLOCK_BUCKET = 16  # rows of a bucket that are read at a time
 
 
-@triton.jit
+# What differs from prompt to prompt is not specialised on: a server would compile while it serves.
+@triton.jit(do_not_specialize=["stride_kept"])
 def _copy_rows(
     k_cells, v_cells, slots, kept, starts, k_rows, v_rows,
     stride_cell, stride_head, stride_kept, cells_per_layer,
@@ -40,7 +41,7 @@ def _copy_rows(
     tl.store(v_rows + target, tl.load(v_cells + source, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_kept", "num_positions", "sink_tokens"])
 def _merge_rows(
     k_cells, v_cells, slots, kept, starts, k_rows, v_rows,
     stride_cell, stride_head, stride_kept, cells_per_layer, num_positions, sink_tokens,
@@ -91,7 +92,7 @@ def _merge_rows(
         tl.store(v_rows, (v_sum / size).to(v_rows.dtype.element_ty), mask=lanes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _scatter_rows(
     k_cells, v_cells, cells, rows,
     stride_cell, stride_head, stride_kv, stride_row, stride_row_head, num_rows,

@@ -54,7 +54,8 @@ def _product(a, b, scale, UPCAST: tl.constexpr):
     return tl.dot(a, b) * scale
 
 
-@triton.jit
+# What differs from prompt to prompt is not specialised on: a server would compile while it serves.
+@triton.jit(do_not_specialize=["slots", "rows", "maxima", "sums", "num_flat", "num_splits"])
 def _row_statistics(
     q, k, slots, rows, q_indptr, kv_indptr, maxima, sums,
     stride_qr, stride_qh, stride_kr, stride_kh, num_flat, num_splits, num_kv_heads, scale,
@@ -98,7 +99,9 @@ def _row_statistics(
     tl.store(sums + place, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["maxima", "sums", "largest_out", "inverse_out", "num_rows", "num_splits"]
+)
 def _combine(maxima, sums, largest_out, inverse_out, num_rows, num_splits, BLOCK: tl.constexpr):
     """One maximum and reciprocal sum per row, from those of ``num_splits`` pieces."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -118,7 +121,7 @@ def _combine(maxima, sums, largest_out, inverse_out, num_rows, num_splits, BLOCK
     tl.store(inverse_out + at, 1.0 / tl.where(inside, total, 1.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "rows", "largest", "inverse", "num_flat", "num_scores"])
 def _column_sums(
     q, k, slots, rows, q_indptr, kv_indptr, largest, inverse, scores, zeros,
     stride_qr, stride_qh, stride_kr, stride_kh, num_flat, num_scores, scale, log_p,

@@ -79,7 +79,7 @@ class RaggedIndices:
             NUM_LAYERS=self.num_layers,
             BLOCK_B=lanes(num_requests),
             TILE=TILE,
-            num_warps=4,
+            num_warps=4 if num_requests <= 1024 else 16,
         )
         return indptr, self.indices
 

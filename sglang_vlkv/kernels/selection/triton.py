@@ -29,7 +29,7 @@ def _keys(scores, tier, at, inside):
     return ((tl.load(tier + at, mask=inside, other=0).to(tl.int64) + 128) << 32) + turned
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "num_out"])  # else a server compiles while it serves
 def _select_rows(scores, tier, starts, out, num_positions, num_out, num_heads, BLOCK: tl.constexpr):
     layer, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(starts + layer)
@@ -92,7 +92,7 @@ def select_rows(scores: torch.Tensor, tier: torch.Tensor, num_kept: Sequence[int
     out = torch.empty(num_heads, starts[-1], dtype=torch.int64, device=scores.device)
     starts = on_device(starts, scores.device)
     _select_rows[num_layers, num_heads](
-        scores, tier, starts, out, n, out.shape[1], num_heads, BLOCK=min(4096, max(128, triton.next_power_of_2(n))),
+        scores, tier, starts, out, n, out.shape[1], num_heads, BLOCK=1024 if n <= 1024 else 4096,
         num_warps=8,
     )  # fmt: skip
     return out
