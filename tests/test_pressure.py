@@ -232,14 +232,14 @@ SEEN = collections.Counter()
 def register():
     from sglang_vlkv.compaction import Compactor
     gather, place, alloc = Compactor._gather, Compactor._place, None
-    def probing(self, req, state, sparsity):
+    def probing(self, req, state, *others):
         row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]
         tags = state.plan.prompt.tags
         slots = row[: len(tags)].long()
         equal = torch.equal(self._pool.tags[slots], tags)
         kinds = torch.unique(tags).tolist()
         print("TAGS", json.dumps([equal, kinds]), flush=True)
-        return gather(self, req, state, sparsity)
+        return gather(self, req, state, *others)
     def crowded(self, item):
         SEEN[item.req.rid] += 1
         allocator = self._tree.token_to_kv_pool_allocator
