@@ -294,6 +294,16 @@ def test_a_decode_step_reads_nothing_on_the_host(world, monkeypatch):
         world.run(world.cpu, batch)
 
 
+@pytest.mark.parametrize("bytes_per_slot, times", [(57_344, 8), (14_336, 2.0), (3_584, 1)])
+def test_index_lists_take_a_64th_of_the_pool(bytes_per_slot, times):
+    """Unless one entry per cell takes more: every request must fit on its own."""
+    slots, layers = 400_000, 28
+    storage = SimpleNamespace(nbytes=slots * bytes_per_slot)
+    pool = SimpleNamespace(layer_num=layers, cells_per_layer=2 * slots, storage=storage)
+    expected = times * slots * layers + (device.PADDING * layers if times == 1 else 0)
+    assert device._capacity(pool) == expected
+
+
 def test_warming_up_changes_nothing_but_the_padding_slot(world):
     before = world.pool.storage[:, :, 1:].clone()
     world.device.warm_up(num_keys=(40,), num_new=(1, 5))

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_vlkv.attention.scoring import Extend
+    from sglang_vlkv.pool import CellPool
     from sglang_vlkv.requests import RequestState
 
-SHARED = 8  # a decode step's index lists may be this often longer than the pool: rows are shared
+SHARED = 8  # a decode step's index lists may be this often longer than the pool: rows are shared,
+MAX_SHARE = 1 / 64  # where they then take no more than this of its memory
 PADDING = 64  # most requests that SGLang adds to fill a captured batch, which list a row per layer
 
 
@@ -63,6 +65,14 @@ def _rows_seen(state: RequestState | None, end: int, num_layers: int) -> list[in
     return [len(cells) + count for cells, count in zip(state.cells, own, strict=True)]
 
 
+def _capacity(pool: CellPool) -> int:
+    """Entries of the index lists of a decode step, 4 bytes each."""
+    cells = pool.layer_num * pool.cells_per_layer // 2
+    affordable = int(MAX_SHARE * pool.storage.nbytes) // 4
+    wanted = max(cells + PADDING * pool.layer_num, min(SHARED * cells, affordable))
+    return min(wanted, torch.iinfo(torch.int32).max)
+
+
 class RaggedDeviceBackend:
     """Comes before a stock backend among a class's bases, and takes over what that one cannot read.
 
@@ -81,7 +91,7 @@ class RaggedDeviceBackend:
         self.rope = find_rope(model_runner.model)
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
         num_rows = len(self._req_to_token)
-        capacity = SHARED * pool.layer_num * pool.cells_per_layer // 2
+        capacity = _capacity(pool)
         room = capacity - PADDING * pool.layer_num
         self._rows = pool.requests.on_device = DeviceRows(num_rows, pool.layer_num, room, pool.device)
         self._indices = RaggedIndices(pool.layer_num, num_rows, capacity, pool.device)
