@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.gpu.pool import Pool, Residents
 from benchmarks.gpu.record import importable
+from benchmarks.gpu.shapes import Model
 from benchmarks.gpu.timing import Clock
 
 OURS, OURS_FLASHINFER = "ours, Triton", "ours, FlashInfer"
@@ -32,24 +33,30 @@ class Decode:
         self.out = torch.full_like(self.q, torch.nan)
 
 
+def decode_engine(model: Model, size: int, clock: Clock, flashinfer: bool):
+    """Our engine for batches of up to ``size`` requests: in Triton, or FlashInfer's kernels."""
+    heads = model.q_heads, model.kv_heads, model.head_dim
+    if flashinfer:
+        from flashinfer_ext import RaggedDecode
+
+        dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
+        return RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode
+
+    return RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
+
+
 class Ours(Decode):
     """Index lists and a plan on the device, all capturable."""
 
     def __init__(self, residents: Residents, clock: Clock, flashinfer: bool = False) -> None:
         super().__init__(residents, clock)
-        from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode, RaggedIndices
+        from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices
 
         model, size = self.model, len(residents.batch.lengths)
-        heads = model.q_heads, model.kv_heads, model.head_dim
         capacity = residents.num_rows + model.layers
         self.lists = RaggedIndices(model.layers, size, capacity, clock.device)
-        if flashinfer:
-            from flashinfer_ext import RaggedDecode
-
-            dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
-            self.engine = RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
-        else:
-            self.engine = RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
+        self.engine = decode_engine(model, size, clock, flashinfer)
 
     def build(self, of_set: int) -> None:
         at, pool = self.residents, self.residents.pool
