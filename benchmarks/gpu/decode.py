@@ -20,7 +20,7 @@ ROWS_READ = "the same rows read by index"
 ROWS_READ_PER_LAYER, ROWS_COPIED = f"{ROWS_READ}, a launch per layer", "the same rows copied by index"
 EQUAL = ", equal bytes"  # a stock engine on a batch of as many rows as are kept
 STOCK = [engines.FLASHINFER, engines.SGLANG, engines.SDPA]
-GOAL_TOKENS = 128 * 1024
+GOAL_TOKENS, GOAL_LAYERS = 128 * 1024, 28
 COPIED_AT_ONCE = 1 << 30  # bytes that a copy writes before it overwrites them
 PARTS_REPEATED = 10  # index building and planning in one graph, since each takes microseconds
 RESERVED = 6 << 30  # bytes left free beside the pool: workspaces, graphs, index lists
@@ -157,7 +157,8 @@ def _ours(
     goals = [EQUAL_BYTES] if ours and STOCK_RATIO in ratios else []
     more |= dict(moved=about["moved"], goals=goals, ratios={} if uneven else ratios)
     part.add(case, f"{name}: attention alone", clock.measure(*alone), **more)
-    _before_attention(part, clock, case, name, engine, [INDEX] if ours and alpha < 1 and model.layers == 28 else [])
+    goals = [INDEX] if ours and alpha < 1 and model.layers == GOAL_LAYERS else []
+    _before_attention(part, clock, case, name, engine, goals)
 
 
 def _before_attention(part: Part, clock: Clock, case: str, name: str, engine: Ours, goals: list[str]) -> None:
