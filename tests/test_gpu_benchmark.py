@@ -424,7 +424,7 @@ def test_a_run_with_a_wrong_kernel_exits_with_1_and_a_rehearsal_writes_nothing(m
     monkeypatch.setattr(run, "PARTS", {"ceilings": 0.5, "correctness": 0.5})
     monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    arguments = ["--rehearse", "--out", str(tmp_path), "--parts", "correctness", "--seconds", "60"]
+    arguments = ["--rehearse", "--out", str(tmp_path), "--parts", "correctness", "--seconds", "120"]
     assert run.main(arguments) == 0
     assert "its times mean nothing" in capsys.readouterr().out
     wrong_scatter(monkeypatch)

@@ -125,7 +125,7 @@ def _prefill(part: Part, clock: Clock, model: Model, length: int, case: str) -> 
             continue
         try:
             timings[name] = clock.measure(lambda: attention(*qkv, model.scale), **repeats)  # noqa: B023
-        except RuntimeError as error:  # a backend that does not take these shapes
+        except (RuntimeError, TypeError) as error:  # a backend that does not take these shapes
             part.skip(f"{case}: {name}", str(error)[-200:])
             continue
         part.add(case, f"prefill attention, {name}, scaled", timings[name].scaled(scale), flops=flops, **about)
@@ -163,7 +163,10 @@ def attentions(clock: Clock) -> dict[str, Callable[..., torch.Tensor] | str]:
         FA3: "flash_attn_interface is not installed",
     }
     if importable("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_func
+        try:
+            from flash_attn_interface import flash_attn_func
+        except Exception as error:  # a library that does not load
+            return found | {FA3: f"{type(error).__name__}: {error}"}
 
         def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
             out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
