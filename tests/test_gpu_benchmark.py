@@ -331,7 +331,7 @@ def test_goals_pass_fail_or_are_not_measured(checked):
     found = goal_record(checked, 1e-6)
     found["parts"]["decode"]["rows"] += worse[2:3]  # the worst counts: 1.0x for equal bytes is near enough
     text = report.markdown(found)
-    assert "worst of 2: 1x, c, equal bytes" in text and "- pass: uneven layers cost at most 3 %" in text
+    assert "worst of 2: 1x, c, equal bytes against stock)" in text and "- pass: uneven layers cost at most 3 %" in text
 
 
 def test_every_goal_has_rows_in_a_rehearsed_case(monkeypatch):

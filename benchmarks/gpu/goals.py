@@ -72,6 +72,8 @@ def lines(record: dict) -> list[str]:
         passed = worst >= goal.bound if goal.least else worst <= goal.bound
         missing = f", {len(tagged) - len(values)} without a figure" if len(values) < len(tagged) else ""
         factor, unit = goal.unit
-        seen = f"worst of {len(values)}{missing}: {factor * worst:.3g}{unit}, {row['case']}, {row['row']}"
+        base = row["derived"].get("bases", {}).get(goal.metric)
+        against = f" against {base}" if base else ""
+        seen = f"worst of {len(values)}{missing}: {factor * worst:.3g}{unit}, {row['case']}, {row['row']}{against}"
         found.append(f"{'pass' if passed else 'FAIL'}: {goal.text} ({seen})")
     return found

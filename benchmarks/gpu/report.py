@@ -91,9 +91,10 @@ def derive(record: dict) -> None:
             if base:
                 derived["of_copy_by_index"] = (row["moved"] / seconds) / (base["moved"] / base["seconds"]["p50"])
             for name, (case, candidates) in row.get("ratios", {}).items():
-                bases = [found[case, one]["seconds"]["p50"] for one in candidates if (case, one) in found]
+                bases = [(found[case, one]["seconds"]["p50"], one) for one in candidates if (case, one) in found]
                 if bases:
-                    derived.setdefault("ratios", {})[name] = min(bases) / seconds
+                    base, derived.setdefault("bases", {})[name] = min(bases)
+                    derived.setdefault("ratios", {})[name] = base / seconds
             names = row.get("versus_best_of") or ([row["versus"]] if "versus" in row else [])
             case = row.get("versus_case", row["case"])
             bases = [(found[case, name]["seconds"]["p50"], name) for name in names if (case, name) in found]
