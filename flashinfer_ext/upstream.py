@@ -1,7 +1,8 @@
 """Every symbol of FlashInfer that this package touches; nothing else of it imports FlashInfer.
 
-The layout of a plan is private to FlashInfer, so versions are named one by one: a version is added
-here when ``python -m flashinfer_ext.check`` passes with it on a GPU.
+The layout of a plan is private to FlashInfer, so versions are named one by one. No GPU has run this
+package yet: 0.7.2 is named because plans equal those of its planner, compiled for a CPU, and calls fit
+its signatures. Another version is added when ``python -m flashinfer_ext.check`` passes with it on a GPU.
 """
 
 from __future__ import annotations

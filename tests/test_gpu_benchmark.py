@@ -4,8 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from inspect import getsource, signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")  # Triton decides when a kernel is decorated
     from benchmarks.gpu import ceilings
-from benchmarks.gpu import correctness, decode, engines, paper, record, report, run, serving, wheelhouse
+from benchmarks.gpu import correctness, decode, engines, goals, paper, record, replay, report, run, serving, wheelhouse
 from benchmarks.gpu.pool import Pool, Residents, sets_for
 from benchmarks.gpu.record import Deadline, Part
 from benchmarks.gpu.shapes import MISTRAL, QWEN, TOY_QWEN, UNEVEN, Batch, batches, kept_rows
@@ -170,12 +171,39 @@ def broken_gather(monkeypatch) -> None:
     monkeypatch.delattr(triton, "gather_rows")
 
 
-WRONG = [wrong_decode, wrong_extend, wrong_indices, wrong_scores, wrong_selection, wrong_scatter, broken_gather]
+def padding_not_zero(monkeypatch) -> None:
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode
+
+    right = RaggedDecode.run
+
+    def run(*arguments, **named):
+        right(*arguments, **named)[-1] = 1.0
+
+    monkeypatch.setattr(RaggedDecode, "run", run)
+
+
+def wrong_mixed_scores(monkeypatch) -> None:
+    from sglang_vlkv.kernels.post_vision import triton
+
+    right = triton.post_vision_scores_ragged
+    monkeypatch.setattr(triton, "post_vision_scores_ragged", lambda *a: tuple(x.flip(-1) for x in right(*a)))
+
+
+WRONG = {  # and the checks that have to see it
+    wrong_decode: "decode", wrong_indices: "decode", padding_not_zero: "decode", wrong_extend: "extend",
+    wrong_scores: "scores", wrong_mixed_scores: "scores", wrong_selection: "selection",
+    wrong_scatter: "moving", broken_gather: "moving",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("make_wrong", WRONG)
 def test_a_wrong_kernel_shows_no_ratio(make_wrong, monkeypatch, checked):
     make_wrong(monkeypatch)
+    attempt = correctness.attempt
+    seen_by = WRONG[make_wrong]
+    monkeypatch.setattr(
+        correctness, "attempt", lambda part, name, *a: attempt(part, name, *a) if name.startswith(seen_by) else None
+    )
     monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
     part = rehearsed("correctness")["parts"]["correctness"]
     found = two_rows(checked, correctness=part)
@@ -184,11 +212,219 @@ def test_a_wrong_kernel_shows_no_ratio(make_wrong, monkeypatch, checked):
     assert ratios(found) == []
 
 
+def test_a_graph_that_ignores_new_lengths_is_found(monkeypatch):
+    """The rehearsal replays by running again: a build that sticks to the first lengths stands in for it."""
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices
+
+    right = RaggedIndices.build
+
+    def build(self, table, rows, seq_lens, *others):
+        self.first = getattr(self, "first", seq_lens.clone())
+        return right(self, table, rows, self.first, *others)
+
+    part = Part("correctness", Deadline(60))
+    replay.replaying(part, CLOCK, TOY_QWEN, False)
+    assert part.checks and all(check["ok"] for check in part.checks)
+    monkeypatch.setattr(RaggedIndices, "build", build)
+    part = Part("correctness", Deadline(60))
+    replay.replaying(part, CLOCK, TOY_QWEN, False)
+    wrong = " ".join(check["name"] for check in part.checks if not check["ok"])
+    assert "layer 1, request 1" in wrong and "as the eager step" in wrong and "lengths matter" in wrong
+
+
+def test_waiting_for_the_device_is_found(monkeypatch):
+    @contextmanager
+    def never_waiting():
+        yield
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(CLOCK, "never_waiting", never_waiting, raising=False)
+    part = Part("correctness", Deadline(60))
+    replay.without_waiting(part, CLOCK, TOY_QWEN, False)
+    assert [check["ok"] for check in part.checks] == [False] and "synchronizing" in part.checks[0]["error"]
+
+
+def test_a_wrong_compacted_row_refuses_the_papers_ratios(monkeypatch):
+    from sglang_vlkv.kernels.compaction import triton
+
+    right = triton.scatter_rows
+    monkeypatch.setattr(triton, "scatter_rows", lambda k, v, cells, rows: right(k, v, cells, rows.roll(1, 1)))
+    part = Part("paper", Deadline(60))
+    decoder = paper.Decoder(paper.TOY_MISTRAL, CLOCK)
+    engine = paper.Engine(decoder, CLOCK, paper.Baseline(decoder, CLOCK, Batch("1x2K", (60,)), 1))
+    engine.prefill()
+    engine.compress()
+    paper._check_compacted(part, engine, "1x2K")
+    assert [check["ok"] for check in part.checks] == [False, False]
+    assert "kept and 1 own rows" in part.checks[0]["name"]
+
+
+def test_an_optional_engine_that_does_not_load_is_skipped_and_a_wrong_one_refuses_its_own_ratios(checked):
+    part = Part("decode", Deadline(60))
+
+    def load(part):
+        raise ImportError("no such\nlibrary")
+
+    assert not part.attempt_optional("other", "a case", load)
+    assert part.skipped == ["a case: ImportError: no such library"] and part.broken == []
+
+    def wrong(part):
+        part.add("c", "other", Timing(1.0, 1.0, 1.0, 1, None), moved=100, versus="base")
+        part.check("other is right", False)
+
+    assert part.attempt_optional("other", "a case", wrong) and part.engine is None
+    found = two_rows(checked)
+    found["parts"]["decode"]["rows"] += part.rows
+    found["parts"]["decode"]["rows"][0]["versus"] = "other"  # nothing is held against it either
+    found["parts"]["decode"]["checks"] = part.checks
+    text = report.markdown(found)
+    rows = found["parts"]["decode"]["rows"]
+    assert "speedup" not in rows[0]["derived"] and rows[1]["derived"]["speedup"] == 2.0
+    assert rows[2]["derived"] == {"moved_per_s": 100.0, "refused": report.REFUSED_ENGINE}
+    assert "other is right" in text and "2.00x" in text and report.REFUSED not in text
+
+
+def test_flashinfer_counts_as_compiled_only_once_it_ran(monkeypatch):
+    clock = Rehearsal()
+    monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
+    monkeypatch.setattr(correctness, "have_flashinfer_ext", lambda clock: None)
+    monkeypatch.setattr(correctness, "attempt", lambda *arguments: None)  # our own kernels
+
+    def broken(*arguments):
+        raise RuntimeError("nvcc is not there")
+
+    for engine, compiled in ((broken, False), (lambda *arguments: None, True)):
+        monkeypatch.setattr(correctness, "flashinfer_engine", engine)
+        part = Part("correctness", Deadline(60))
+        correctness.run(part, clock)
+        assert clock.flashinfer_is_compiled == compiled == (part.skipped == []) and part.checks == []
+
+
+def goal_record(checked: dict, seconds: float) -> dict:
+    """A row per goal: 1x and 100 bytes/s of a copy's 400 at one second, all proportional."""
+    found, timing = two_rows(checked), Timing(seconds, seconds, seconds, 2, 0.0)
+    part = Part("decode", Deadline(60))
+    part.add("c", "stock", Timing(1.0, 1.0, 1.0, 2, 0.0))
+    for tag, goal in goals.GOALS.items():
+        ratios = {goal.metric: ("c", ["stock", "not there"])}
+        part.add("c", tag, timing, moved=400, share_of="stock", ratios=ratios, goals=[tag])
+    found["parts"]["decode"] = part.as_json()
+    return found
+
+
+def test_goals_pass_fail_or_are_not_measured(checked):
+    def lines(found: dict) -> list[str]:
+        report.derive(found)
+        return [line.split(":")[0] for line in goals.lines(found)]
+
+    number = len(goals.GOALS)
+    assert lines(goal_record(checked, 1e-6)) == ["pass"] * number
+    assert lines(goal_record(checked, 100.0)) == ["FAIL"] * number
+    assert lines(two_rows(checked)) == ["not measured"] * number
+    found = goal_record(checked, 1e-6)
+    found["parts"]["correctness"]["checks"] = [{"name": "x", "ok": False}]
+    assert lines(found) == ["not measured"] * number and report.REFUSED in goals.lines(found)[0]
+    found = goal_record(checked, 1e-6)
+    found["context"]["rehearsal"] = True
+    assert lines(found) == ["not measured"] * number
+    worse = goal_record(checked, 1.0)["parts"]["decode"]["rows"]
+    found = goal_record(checked, 1e-6)
+    found["parts"]["decode"]["rows"] += worse[2:3]  # the worst counts: 1.0x for equal bytes is near enough
+    text = report.markdown(found)
+    assert "worst of 2: 1x, c, equal bytes against stock)" in text and "- pass: uneven layers cost at most 3 %" in text
+
+
+def test_every_goal_has_rows_in_a_rehearsed_case(monkeypatch):
+    """Tags and bases are those that the parts write: a goal's row finds what it is held against."""
+    monkeypatch.setattr(decode, "GOAL_TOKENS", 64)
+    monkeypatch.setattr(decode, "GOAL_LAYERS", TOY_QWEN.layers)
+    monkeypatch.setattr(engines, "stock_engines", lambda clock: {engines.SDPA: engines.Sdpa})
+    part, pool = Part("decode", Deadline(60)), Pool(TOY_QWEN, 400, CLOCK)
+    for uneven in (False, True):
+        decode._case(part, CLOCK, pool, Batch("b", (32, 32)), 0.1, uneven)
+    whole = {"context": {"rehearsal": False}, "parts": {"decode": part.as_json()}}
+    copy = {"case": "device", "row": "copy", "seconds": Timing.of([1.0])._asdict(), "moved": 400}
+    mm = {"case": "device", "row": "mm", "seconds": Timing.of([1.0])._asdict(), "flops": 10}
+    empty = {"rows": [], "checks": [{"name": "x", "ok": True}], "broken": []}
+    whole["parts"] |= {"ceilings": empty | {"rows": [copy, mm]}, "correctness": empty}
+    assert part.broken == [] and report.failed(whole) == []
+    report.derive(whole)
+    lines = dict(zip(goals.GOALS, goals.lines(whole), strict=True))
+    for tag in (goals.DECODE, goals.EQUAL_BYTES, goals.UNEVEN_COST, goals.INDEX):
+        assert not lines[tag].startswith("not measured") and "without a figure" not in lines[tag]
+    by_index = [row["derived"].get("of_copy_by_index") for row in part.rows if row["row"] == engines.OURS]
+    assert len(by_index) == 2 and all(by_index)
+
+
+def lost_device(part, clock) -> None:
+    """A part after which the device answers no more."""
+    part.add("c", "measured before", Timing.of([1.0]))
+
+    def error():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    clock.sync = clock.free_bytes = error
+    error()
+
+
+def test_a_lost_device_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "PARTS", {"ceilings": 0.3, "correctness": 0.3, "decode": 0.4})
+    monkeypatch.setattr(run, "ALWAYS", ("ceilings",))
+    monkeypatch.setattr(ceilings, "run", lost_device)
+    monkeypatch.setattr(decode, "run", lambda part, clock: pytest.fail("the device is lost"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("benchmarks.gpu.timing.Clock", Rehearsal)
+    assert run.main(["--out", str(tmp_path), "--parts", "decode", "--seconds", "60"]) == 4
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert saved["ended"] == run.DEVICE_LOST and list(saved["parts"]) == ["ceilings"]
+    assert saved["parts"]["ceilings"]["rows"][0]["row"] == "measured before"
+    text = (tmp_path / "gpu.md").read_text()
+    assert "The run: device lost." in text and "illegal memory access" in text
+    assert "device lost" in capsys.readouterr().err
+
+
+def test_the_record_says_cut_off_until_the_run_is_whole(monkeypatch, tmp_path):
+    seen = []
+
+    def part_of(part, clock):
+        part.add("c", "r", Timing.of([1.0]))
+        seen.append((json.loads((tmp_path / "gpu.json").read_text())["ended"], part.deadline.left()))
+
+    monkeypatch.setattr(run, "PARTS", {"ceilings": 1.0})
+    monkeypatch.setattr(run, "ALWAYS", ())
+    monkeypatch.setattr(ceilings, "run", part_of)
+    args = run.arguments(["--parts", "ceilings", "--seconds", "60"])
+    whole = run.Run(args, CLOCK, tmp_path, time.monotonic())
+    whole.go()
+    assert seen[0][0] == run.CUT_OFF and 30 < seen[0][1] <= 60 - run.SPARE_SECONDS
+    assert json.loads((tmp_path / "gpu.json").read_text())["ended"] == run.WHOLE
+    assert "The run: whole." in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_run_that_is_cut_off_ends_its_server():
+    """A server is a session of its own; its processes end with the run's."""
+    code = """
+import subprocess
+from benchmarks.gpu.run import Run
+server = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], start_new_session=True, stdout=subprocess.PIPE)
+print(server.pid, server.stdout.readline().decode().strip(), flush=True)
+Run.cut_off(None)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=record.ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 3 and "cut off" in ended.stderr
+    for pid in ended.stdout.split():
+        stat = Path("/proc", pid, "stat")
+        deadline = time.monotonic() + 10
+        while stat.exists() and (state := stat.read_text().rpartition(")")[2].split()[0]) != "Z":
+            assert time.monotonic() < deadline, f"{pid} is still there, {state}"
+            time.sleep(0.05)
+
+
 def test_a_run_with_a_wrong_kernel_exits_with_1_and_a_rehearsal_writes_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "PARTS", {"ceilings": 0.5, "correctness": 0.5})
     monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    arguments = ["--rehearse", "--out", str(tmp_path), "--parts", "correctness", "--seconds", "60"]
+    arguments = ["--rehearse", "--out", str(tmp_path), "--parts", "correctness", "--seconds", "120"]
     assert run.main(arguments) == 0
     assert "its times mean nothing" in capsys.readouterr().out
     wrong_scatter(monkeypatch)
@@ -313,6 +549,11 @@ def test_the_engine_path_and_the_baseline_agree():
     assert difference < 1e-4  # in float32
     quoted = [row["paper_speedup"] for row in part.rows if "paper_speedup" in row]
     assert quoted == list(paper.PAPER["1x2K"])
+    found = {"context": {"rehearsal": False}, "parts": {"paper": part.as_json(), "correctness": part.as_json()}}
+    report.derive(found)
+    both = [row["derived"].get("ratios", {}).get(goals.TOGETHER) for row in part.rows]
+    assert sum(ratio is not None for ratio in both) == 2  # decode and end to end
+    assert any("kept and 4 own rows" in check["name"] for check in part.checks)
 
 
 def test_the_flashinfer_engines_are_called_as_they_are_declared(monkeypatch):
@@ -355,9 +596,8 @@ def test_the_flashinfer_engines_are_called_as_they_are_declared(monkeypatch):
     monkeypatch.setattr(engines, "stock_engines", lambda clock: {engines.FLASHINFER: engines.StockFlashInfer})
     part = Part("decode", Deadline(60))
     correctness.decoding(part, CLOCK, TOY_QWEN, True)
-    full: dict[str, str] = {}
     for alpha in (1.0, 0.1):
-        decode._case(part, CLOCK, Pool(TOY_QWEN, 400, CLOCK), Batch("b", (40, 24)), alpha, alpha < 1, full)
+        decode._case(part, CLOCK, Pool(TOY_QWEN, 400, CLOCK), Batch("b", (40, 24)), alpha, False)
     assert part.broken == [] and all(check["ok"] for check in part.checks)
     rows = {(row["row"], row["alpha"]) for row in part.rows if "alpha" in row}
     assert {(engines.FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 0.1)} <= rows
@@ -375,6 +615,34 @@ def test_what_a_served_burst_says():
     assert first["output_tokens_per_s"] == [3.0, 1.5] and first["peak_running"] == 2
     assert part.rows[3]["versus"] == part.rows[0]["row"]
     assert serving.running_in("Decode batch, #running-req: 7, x\nPrefill, #running-req: 9") == [7]
+
+
+def test_a_server_is_started_as_a_user_would(monkeypatch):
+    from benchmarks.gpu import server
+
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("SOMETHING_SECRET", "x")
+    environment = server.environment({"SGLANG_PLUGINS": "none"})
+    assert "TORCHDYNAMO_DISABLE" not in environment and environment["SOMETHING_SECRET"] == "x"
+    recorded = server.recorded(environment)
+    assert recorded["SGLANG_PLUGINS"] == "none" and recorded["NCCL_DEBUG"] == "INFO"
+    assert "SOMETHING_SECRET" not in recorded
+    started = {}
+    monkeypatch.setattr(server.subprocess, "Popen", lambda command, **named: started.update(named, command=command))
+    monkeypatch.setattr(server.UsersServer, "_wait_until_ready", lambda self, timeout: None)
+    users = server.UsersServer(Path("m"), "--load-format", "dummy", env={}, start_timeout=1)
+    assert started["start_new_session"] and started["command"][-2:] == ["--load-format", "dummy"]
+    flags = {word for word in started["command"] if word.startswith("--")}
+    assert flags == {"--model-path", "--host", "--port", "--load-format"}
+    users.log_path.unlink()
+    assert serving.POOLS["default pool"] is None
+
+
+def test_a_requests_pictures_differ(monkeypatch):
+    monkeypatch.setattr(serving, "VISUAL_TOKENS", 4)
+    pictures = [p.tobytes() for request in range(2) for p in serving.different_pictures(request)]
+    assert len(set(pictures)) == 2 * serving.PICTURES
 
 
 def test_a_checkpoint_of_real_sizes_without_weights(tmp_path):

@@ -14,11 +14,14 @@ CASE = "device"
 BLOCK_ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # a list per layer, and none compiles it again
 def _gather(k_ptr, v_ptr, indices_ptr, out_ptr, num_rows, H: tl.constexpr, D: tl.constexpr,
             ROWS: tl.constexpr, COPY: tl.constexpr):  # fmt: skip
-    """Program (i, h) reads head h of ROWS rows, K and V, and writes them or, else, their sum."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    """Program ``i * H + h`` reads head h of ROWS rows, K and V, and writes them or, else, their sum.
+
+    As in the decode kernel, the heads of the same rows are neighbours.
+    """
+    block, head = tl.program_id(0) // H, tl.program_id(0) % H
     at = block * ROWS + tl.arange(0, ROWS)
     inside = at < num_rows
     d = tl.arange(0, D)
@@ -38,14 +41,14 @@ def _gather(k_ptr, v_ptr, indices_ptr, out_ptr, num_rows, H: tl.constexpr, D: tl
 def gather_read(k_cells: torch.Tensor, v_cells: torch.Tensor, indices: torch.Tensor, sums: torch.Tensor) -> None:
     """Reads K and V of the rows ``indices [n]``; ``sums [blocks, H]`` float32 takes a sum per program."""
     _, heads, dim = k_cells.shape
-    grid = triton.cdiv(len(indices), BLOCK_ROWS), heads
+    grid = (triton.cdiv(len(indices), BLOCK_ROWS) * heads,)
     _gather[grid](k_cells, v_cells, indices, sums, len(indices), heads, dim, BLOCK_ROWS, False, num_warps=4)
 
 
 def gather_copy(k_cells: torch.Tensor, v_cells: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> None:
     """``out[0] = k_cells[indices]``, ``out[1] = v_cells[indices]``, ``[2, n, H, D]``."""
     _, heads, dim = k_cells.shape
-    grid = triton.cdiv(len(indices), BLOCK_ROWS), heads
+    grid = (triton.cdiv(len(indices), BLOCK_ROWS) * heads,)
     _gather[grid](k_cells, v_cells, indices, out, len(indices), heads, dim, BLOCK_ROWS, True, num_warps=4)
 
 
@@ -79,6 +82,9 @@ def run(part: Part, clock: Clock) -> None:
         moved = cells.nbytes + indices.nbytes
         part.add(CASE, f"copy by index, {chunk}", clock.measure(copied), moved=2 * cells.nbytes + indices.nbytes)
         part.add(CASE, f"read by index, {chunk}", clock.measure(read), moved=moved)
+        layers = indices.chunk(model.layers)
+        each = clock.capture(lambda: [gather_read(k, v, mine, sums) for mine in layers])
+        part.add(CASE, f"read by index, {chunk}, {len(layers)} launches", clock.measure(each), moved=moved)
     n = 64 if clock.rehearsal else 8192
     a, b = (torch.randn(n, n, dtype=clock.dtype, device=clock.device) for _ in range(2))
     product = torch.empty_like(a)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.baseline import Decoder
 from benchmarks.gpu.correctness import kernel
+from benchmarks.gpu.goals import COMPRESSION
 from benchmarks.gpu.pool import Pool
-from benchmarks.gpu.record import Part
+from benchmarks.gpu.record import Part, importable
 from benchmarks.gpu.shapes import ALPHA, Model, kept_rows, models
 from benchmarks.gpu.timing import Clock, Timing
+from sglang_vlkv.budgets import proportional
 
-ATTENTION, STEP = "prefill attention, scaled", "prefill, scaled"
+ATTENTION, STEP = "fastest prefill attention, scaled", "prefill with it, scaled"
+GOAL_LENGTH = 32768
+FA3 = "FlashAttention 3"
 TIMED_LAYERS = 1  # of the prefill; its layers are alike
 
 
 def run(part: Part, clock: Clock) -> None:
     part.notes.append(
-        f"compaction is all layers, eager, device time; prefill is {TIMED_LAYERS} layer with dummy weights times "
-        f"the number of layers; selection keeps {ALPHA:g} of the prompt, geometric over layers"
+        "compaction is all layers, eager: the time that passes on the stream, gaps between launches included; "
+        f"prefill is {TIMED_LAYERS} layer with dummy weights times the number of layers; selection keeps {ALPHA:g} "
+        "of the prompt, geometric over layers. The layers' budgets are computed on the host, which waits for "
+        "their densities once: the rows with budgets include it, by the host's clock, the others leave it out"
     )
     lengths = (96,) if clock.rehearsal else (8192, 32768, 131072)
     for model in models(clock.rehearsal):
@@ -64,6 +73,14 @@ def _case(part: Part, clock: Clock, model: Model, length: int) -> None:
             chosen = select(torch.stack(scoring()), tier, num_kept).long()
             scatter(*cells, target, gather(*cells, slots, chosen, num_kept, pool.cells_per_layer))
 
+        def with_budgets() -> None:
+            layers = zip(q, pool.storage, strict=True)
+            found = [score(voters, layer[0], model.scale, slots=slots) for voters, layer in layers]
+            density = torch.stack([1 - one.zeros / one.entries for one in found]).tolist()
+            budgets = proportional(density, sum(num_kept), length)
+            chosen = select(torch.stack([one.scores for one in found]), tier, budgets).long()
+            scatter(*cells, target, gather(*cells, slots, chosen, budgets, pool.cells_per_layer))
+
         about = dict(voting_rows=voting, model=model._asdict(), kept_rows=sum(num_kept))
         with_rows = f"{voting} voting rows"
         flops = 2 * 2 * voting * model.q_heads * length * model.head_dim * model.layers  # two passes over the keys
@@ -79,6 +96,11 @@ def _case(part: Part, clock: Clock, model: Model, length: int) -> None:
         timing = clock.measure(everything)
         part.add(case, f"all of it, {with_rows}, beside attention", timing, share_of=ATTENTION, **about)
         part.add(case, f"all of it, {with_rows}, beside the prefill", timing, share_of=STEP, **about)
+        with_budgets()
+        walls = [clock.wall(with_budgets) for _ in range(2 if clock.rehearsal else 10)]
+        timing = Timing.of(walls[: len(walls) // 2], walls[len(walls) // 2 :])
+        goals = [COMPRESSION] if length == GOAL_LENGTH else []
+        part.add(case, f"all of it with budgets, {with_rows}", timing, share_of=STEP, goals=goals, **about)
 
 
 def _prefill(part: Part, clock: Clock, model: Model, length: int, case: str) -> None:
@@ -88,10 +110,6 @@ def _prefill(part: Part, clock: Clock, model: Model, length: int, case: str) -> 
     x = torch.randn(shape, dtype=clock.dtype, device=clock.device)
     rotation = decoder.rotation(torch.arange(length, device=clock.device)[None])
 
-    def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return flash(q, k, v, model.scale, clock).transpose(1, 2)
-
     def heads(count: int) -> torch.Tensor:
         return torch.randn(1, length, count, model.head_dim, dtype=clock.dtype, device=clock.device)
 
@@ -100,16 +118,66 @@ def _prefill(part: Part, clock: Clock, model: Model, length: int, case: str) -> 
     flops = 2 * model.q_heads * model.head_dim * length**2 * model.layers  # the causal half of both products
     repeats = dict(seconds=0.3)
     about = dict(scaled_from_layers=TIMED_LAYERS, model=model._asdict())
-    timing: Timing = clock.measure(lambda: attend(0, *qkv), **repeats)
-    part.add(case, ATTENTION, timing.scaled(scale), flops=flops, **about)
+    timings: dict[str, Timing] = {}
+    for name, attention in attentions(clock).items():
+        if isinstance(attention, str):
+            part.skip(f"{case}: {name}", attention)
+            continue
+        try:
+            timings[name] = clock.measure(lambda: attention(*qkv, model.scale), **repeats)  # noqa: B023
+        except (RuntimeError, TypeError) as error:  # a backend that does not take these shapes
+            part.skip(f"{case}: {name}", str(error)[-200:])
+            continue
+        part.add(case, f"prefill attention, {name}, scaled", timings[name].scaled(scale), flops=flops, **about)
+    fastest = min(timings, key=lambda name: timings[name].p50)
+    attention = attentions(clock)[fastest]
+    part.notes.append(f"{case}: the fastest prefill attention is {fastest}")
+    part.add(case, ATTENTION, timings[fastest].scaled(scale), flops=flops, backend=fastest, **about)
+
+    def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, model.scale)
+
     layer = decoder.layers[0]
     flops += 2 * length * model.layers * sum(w.numel() for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
     timing = clock.measure(lambda: decoder.layer(0, layer, x, rotation, attend), **repeats)
-    part.add(case, STEP, timing.scaled(scale), flops=flops, **about)
+    part.add(case, STEP, timing.scaled(scale), flops=flops, backend=fastest, **about)
+
+
+def attentions(clock: Clock) -> dict[str, Callable[..., torch.Tensor] | str]:
+    """Causal attention of q ``[B, n, Hq, D]``, k and v ``[B, n, Hkv, D]`` and a scale; or why there is none."""
+
+    def sdpa(*backends: SDPBackend) -> Callable[..., torch.Tensor]:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            with sdpa_kernel(list(backends)) if backends else nullcontext():
+                out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2)
+
+        return attend
+
+    if clock.rehearsal:
+        return {"torch SDPA": sdpa(), FA3: "it runs on a GPU only"}
+    found: dict = {
+        "torch SDPA, FlashAttention": sdpa(SDPBackend.FLASH_ATTENTION),
+        "torch SDPA, cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+        FA3: "flash_attn_interface is not installed",
+    }
+    if importable("flash_attn_interface"):
+        try:
+            from flash_attn_interface import flash_attn_func
+        except Exception as error:  # a library that does not load
+            return found | {FA3: f"{type(error).__name__}: {error}"}
+
+        def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+            out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+            return out[0] if isinstance(out, tuple) else out
+
+        found[FA3] = fa3
+    return found
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, clock: Clock) -> torch.Tensor:
-    """Causal SDPA with grouped heads; FlashAttention's backend on a GPU."""
+    """For a prefill that is not itself compared: causal SDPA with grouped heads; FlashAttention's backend on a GPU."""
     if clock.rehearsal:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):

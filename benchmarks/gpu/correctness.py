@@ -5,10 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.engines import have_flashinfer_ext
+from benchmarks.gpu.engines import OURS_FLASHINFER, decode_engine, have_flashinfer_ext
 from benchmarks.gpu.pool import OWN, Pool, Residents
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.shapes import ALPHA, Batch, Model, models
@@ -109,11 +110,10 @@ def newest(row: int, layer: int) -> int | None:
 
 def decoding(part: Part, clock: Clock, model: Model, flashinfer: bool) -> None:
     """Index building to the element, and the decode of everything it lists."""
-    from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode, RaggedIndices
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices
 
     residents, rows, seq_lens = small_batch(model, clock)
     size, pool = len(rows), residents.pool
-    heads = model.q_heads, model.kv_heads, model.head_dim
     lists = RaggedIndices(model.layers, size, residents.num_rows + 1, clock.device)
     lists.indices.fill_(torch.iinfo(torch.int32).max)
     indptr, indices = lists.build(residents.table, rows, seq_lens, residents.req_to_token, pool.cells_per_layer)
@@ -130,13 +130,7 @@ def decoding(part: Part, clock: Clock, model: Model, flashinfer: bool) -> None:
     same = torch.equal(built, flat) and torch.equal(indptr.long(), offsets)
     if not part.check(f"index lists, {model.name}", same and untouched):
         return
-    if flashinfer:
-        from flashinfer_ext import RaggedDecode
-
-        dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
-        engine = RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
-    else:
-        engine = RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
+    engine = decode_engine(model, size, clock, flashinfer)
     engine.plan(indptr)
     q = torch.randn(model.layers, size, model.q_heads, model.head_dim, dtype=clock.dtype, device=clock.device)
     out = torch.full_like(q, torch.nan)
@@ -150,7 +144,8 @@ def decoding(part: Part, clock: Clock, model: Model, flashinfer: bool) -> None:
             seen = newest(row, layer)
             attention_sample(part, name, residents, row, layer, q[layer, row], out[layer, row], newest=seen)
     finite = bool(out[:, :-1].isfinite().all())
-    part.check(f"{what}, {model.name}: padding is zero or untouched, all else written", finite)
+    part.check(f"{what}, {model.name}: all is written", finite)
+    part.check(f"{what}, {model.name}: padding is zero", bool((out[:, -1] == 0).all()))
 
 
 def extending(part: Part, clock: Clock, model: Model) -> None:
@@ -179,6 +174,40 @@ def extending(part: Part, clock: Clock, model: Model) -> None:
         compare(part, name, got, reference, attend(mine, k, v, model.scale))
 
 
+class Scores(NamedTuple):
+    """What scoring has to give: in float64, with plain PyTorch, and how many weights count as zero."""
+
+    reference: torch.Tensor
+    plain: torch.Tensor
+    zeros: int
+    near: int  # of those that rounding may turn either way
+
+    def check(self, part: Part, name: str, got: torch.Tensor, counted: int) -> None:
+        compare(part, name, got, self.reference, self.plain)
+        ok, near = abs(counted - self.zeros) <= self.near, self.near
+        part.check(f"zeros, {name}", ok, counted=counted, reference=self.zeros, near_the_threshold=near)
+
+
+def reference_scores(q: torch.Tensor, k: torch.Tensor, at: torch.Tensor, scale: float, reduce: str) -> Scores:
+    """Of the voting rows ``q`` at positions ``at`` over the keys ``k``."""
+    reference = torch.zeros(k.shape[1], len(k), dtype=torch.float64, device=q.device)
+    plain = torch.zeros_like(reference, dtype=q.dtype)
+    zeros = near = 0
+    for start in range(0, len(q), 32):  # bounds the float64 attention
+        part_q, part_rows = q[start : start + 32], at[start : start + 32]
+        logits = masked_logits(part_q.double(), k.double(), scale, part_rows)
+        over = logits - logits.amax(-1, keepdim=True) - torch.tensor(0.01).log().item()
+        visible = logits > -torch.inf
+        zeros += int(((over < 0) & visible).sum())
+        near += int((over.abs() < NEAR).sum())
+        for total, attention in ((reference, logits.softmax(-1)), (plain, weights(part_q, k, scale, part_rows))):
+            if reduce == "sum":
+                total += attention.sum(1)
+            else:
+                torch.maximum(total, attention.amax(1), out=total)
+    return Scores(reference, plain, zeros, near)
+
+
 def scoring(part: Part, clock: Clock, model: Model, num_keys: int, num_voting: int, reduce: str, tail: bool) -> None:
     device = clock.device
     q = torch.randn(num_voting, model.q_heads, model.head_dim, dtype=clock.dtype, device=device)
@@ -190,27 +219,31 @@ def scoring(part: Part, clock: Clock, model: Model, num_keys: int, num_voting: i
     scored = kernel("post_vision", "post_vision_scores")(
         q, buffer, model.scale, p=0.01, reduce=reduce, rows=rows, slots=slots
     )
-    reference = torch.zeros(model.kv_heads, num_keys, dtype=torch.float64, device=device)
-    plain = torch.zeros_like(reference, dtype=clock.dtype)
-    zeros = near = 0
     at = torch.arange(num_keys - num_voting, num_keys, device=device) if rows is None else rows
-    for start in range(0, num_voting, 32):  # bounds the float64 attention
-        part_q, part_rows = q[start : start + 32], at[start : start + 32]
-        logits = masked_logits(part_q.double(), k.double(), model.scale, part_rows)
-        over = logits - logits.amax(-1, keepdim=True) - torch.tensor(0.01).log().item()
-        visible = logits > -torch.inf
-        zeros += int(((over < 0) & visible).sum())
-        near += int((over.abs() < NEAR).sum())
-        for total, attention in ((reference, logits.softmax(-1)), (plain, weights(part_q, k, model.scale, part_rows))):
-            if reduce == "sum":
-                total += attention.sum(1)
-            else:
-                torch.maximum(total, attention.amax(1), out=total)
+    expected = reference_scores(q, k, at, model.scale, reduce)
     name = f"scores by {reduce}, {model.name}, {num_voting} voting rows, {num_keys} keys"
-    compare(part, name, scored.scores, reference, plain)
-    counted, entries = int(scored.zeros), int(scored.entries)
-    ok = abs(counted - zeros) <= near and entries == model.q_heads * int((at + 1).sum())
-    part.check(f"zeros, {name}", ok, counted=counted, reference=zeros, near_the_threshold=near)
+    expected.check(part, name, scored.scores, int(scored.zeros))
+    entries = model.q_heads * int((at + 1).sum())
+    part.check(f"entries, {name}", int(scored.entries) == entries, counted=int(scored.entries), reference=entries)
+
+
+def scoring_batch(part: Part, clock: Clock, model: Model, lengths: tuple[int, ...], voting: tuple[int, ...]) -> None:
+    """Requests of different lengths in one call, in slots of one pool; the last tokens vote."""
+    device, total = clock.device, sum(lengths)
+    q = torch.randn(sum(voting), model.q_heads, model.head_dim, dtype=clock.dtype, device=device)
+    shape = 2 * total, model.kv_heads, model.head_dim
+    buffer = torch.full(shape, torch.nan, dtype=clock.dtype, device=device)
+    slots = torch.randperm(len(buffer), device=device)[:total]
+    buffer[slots] = k = torch.randn(total, *buffer.shape[1:], dtype=clock.dtype, device=device)
+    q_indptr, kv_indptr = (torch.tensor([0, *sizes], device=device).cumsum(0) for sizes in (voting, lengths))
+    ends = [torch.arange(n - v, n, device=device) for n, v in zip(lengths, voting, strict=True)]
+    scores, zeros = kernel("post_vision", "post_vision_scores_ragged")(
+        q, buffer, q_indptr, kv_indptr, slots, torch.cat(ends), model.scale, 0.01, "sum", max(voting), max(lengths)
+    )
+    per_request = zip(q.split(voting), k.split(lengths), ends, scores.split(lengths, 1), zeros.tolist(), strict=True)
+    for mine, keys, rows, got, counted in per_request:
+        name = f"scores of a mixed batch, {model.name}, {len(rows)} voting rows, {len(keys)} keys"
+        reference_scores(mine, keys, rows, model.scale, "sum").check(part, name, got, counted)
 
 
 def selecting(part: Part, clock: Clock, model: Model, num_keys: int) -> None:
@@ -306,23 +339,39 @@ def attempt(part: Part, name: str, work: Callable, *arguments) -> None:
 
 
 def run(part: Part, clock: Clock) -> None:
-    missing = have_flashinfer_ext(clock)
+    from benchmarks.gpu.replay import replaying, without_waiting
+
     for full in models(clock.rehearsal):
         model = full._replace(layers=min(LAYERS, full.layers))
         num_keys = 90 if clock.rehearsal else 20_011
         attempt(part, f"decode, {model.name}", decoding, clock, model, False)
+        attempt(part, f"replay, {model.name}", replaying, clock, model, False)
+        attempt(part, f"no waiting, {model.name}", without_waiting, clock, model, False)
         attempt(part, f"extend, {model.name}", extending, clock, model)
         voting = 5 if clock.rehearsal else 64
         attempt(part, f"scores, {model.name}", scoring, clock, model, num_keys, voting, "sum", True)
         attempt(part, f"scores, {model.name}", scoring, clock, model, num_keys, 2 * voting + 1, "max", False)
+        lengths = num_keys // 2, num_keys // 3, voting + 1, num_keys // 5
+        attempt(part, f"scores, {model.name}", scoring_batch, clock, model, lengths, (voting, 1, voting, voting - 2))
         attempt(part, f"selection, {model.name}", selecting, clock, model, num_keys)
         attempt(part, f"moving, {model.name}", moving, clock, model, num_keys // 2)
+    missing = have_flashinfer_ext(clock)
     for full in models(clock.rehearsal) if missing is None else ():
-        seconds = 5 if clock.flashinfer_is_compiled else COMPILING_SECONDS
-        if part.has(seconds, f"our FlashInfer decode, {full.name}"):
-            model = full._replace(layers=min(LAYERS, full.layers))
-            attempt(part, f"FlashInfer decode, {model.name}", decoding, clock, model, True)
+        model = full._replace(layers=min(LAYERS, full.layers))
+        seconds, what = 8 if clock.flashinfer_is_compiled else COMPILING_SECONDS, f"our FlashInfer decode, {full.name}"
+        if part.has(seconds, what) and part.attempt_optional(OURS_FLASHINFER, what, flashinfer_engine, clock, model):
             clock.flashinfer_is_compiled = True
     if missing is not None:
         part.skip("our FlashInfer decode", missing)
     part.notes.append(f"{LAYERS} layers of each model; errors are |x - float64| / |float64|")
+
+
+def flashinfer_engine(part: Part, clock: Clock, model: Model) -> None:
+    """Our FlashInfer engine, and what it shares with FlashInfer's own wrappers."""
+    from benchmarks.gpu.replay import against_flashinfer, replaying, without_waiting
+
+    decoding(part, clock, model, True)
+    replaying(part, clock, model, True)
+    without_waiting(part, clock, model, True)
+    if part.has(15, f"plans against FlashInfer's wrappers, {model.name}"):
+        against_flashinfer(part, model)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.gpu import engines
-from benchmarks.gpu.ceilings import gather_read, sums_for
+from benchmarks.gpu.ceilings import gather_copy, gather_read, sums_for
 from benchmarks.gpu.correctness import attention_sample
 from benchmarks.gpu.engines import OURS, OURS_FLASHINFER, Decode, Ours
+from benchmarks.gpu.goals import DECODE, EQUAL_BYTES, EVEN_RATIO, INDEX, STOCK_RATIO, UNEVEN_COST
 from benchmarks.gpu.pool import OWN, Pool, Residents, sets_for, slots_needed
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.shapes import ALPHA, UNEVEN, Batch, Model, batches, models
-from benchmarks.gpu.timing import Clock
+from benchmarks.gpu.timing import Clock, Timing
 
 ROWS_READ = "the same rows read by index"
+ROWS_READ_PER_LAYER, ROWS_COPIED = f"{ROWS_READ}, a launch per layer", "the same rows copied by index"
+EQUAL = ", equal bytes"  # a stock engine on a batch of as many rows as are kept
+STOCK = [engines.FLASHINFER, engines.SGLANG, engines.SDPA]
+GOAL_TOKENS, GOAL_LAYERS = 128 * 1024, 28
+COPIED_AT_ONCE = 1 << 30  # bytes that a copy writes before it overwrites them
 PARTS_REPEATED = 10  # index building and planning in one graph, since each takes microseconds
 RESERVED = 6 << 30  # bytes left free beside the pool: workspaces, graphs, index lists
-SECONDS_PER_CASE = 4.0
+SECONDS_PER_CASE = 4.5
 
 
 def case_name(model: Model, batch: Batch, alpha: float, uneven: bool) -> str:
@@ -30,8 +38,9 @@ def run(part: Part, clock: Clock) -> None:
         "uneven: geometric, each layer keeps "
         f"{UNEVEN} of the one before, in another order per request; slots are random; sets of requests "
         "rotate such that at least four times the L2 cache is read between two reads of a row; speedups "
-        "are against the same engine at alpha 1, those of alpha 1 against the best stock engine here; "
-        "the target of index building and plan together is 30 microseconds"
+        "are against the same engine at alpha 1, those of alpha 1 against the best stock engine here. Equal "
+        "bytes: a stock engine on a batch of as many rows in every layer. Warm: index building and planning "
+        "again and again; cold: after reading four times the L2 cache, whose own time is subtracted"
     )
     for model in models(clock.rehearsal):
         _model(part, clock, model)
@@ -48,110 +57,161 @@ def _model(part: Part, clock: Clock, model: Model) -> None:
         rows = fits
     pool = Pool(model, rows, clock)
     for batch in batches(clock.rehearsal):
-        full: dict[str, str] = {}
         for alpha, uneven in ((1.0, False), (ALPHA, False), (ALPHA, True)):
             name = case_name(model, batch, alpha, uneven)
             if slots_needed(model, batch, alpha) >= rows:
                 part.skip(name, f"its KV does not fit beside a pool of {rows} tokens")
             elif part.has(SECONDS_PER_CASE, name):
-                part.attempt(name, _case, clock, pool, batch, alpha, uneven, full)
+                part.attempt(name, _case, clock, pool, batch, alpha, uneven)
 
 
-def _case(
-    part: Part, clock: Clock, pool: Pool, batch: Batch, alpha: float, uneven: bool, full: dict[str, str]
-) -> None:
-    """Times one case with every engine there is.
-
-    Args:
-        full: per engine, the case of alpha 1 that compacted ones are held against; filled at alpha 1.
-    """
+def _case(part: Part, clock: Clock, pool: Pool, batch: Batch, alpha: float, uneven: bool) -> None:
+    """Times one case with every engine there is."""
     model = pool.model
     case = case_name(model, batch, alpha, uneven)
     sets = sets_for(model, batch, alpha, pool.rows, clock.l2_bytes)
     residents = Residents(pool, batch, alpha, uneven, sets)
     about = dict(
-        moved=residents.moved, sets=sets, rows_per_step=residents.num_rows, model=model._asdict(), alpha=alpha
-    )
-
+        moved=residents.moved, sets=sets, rows_per_step=residents.num_rows, model=model._asdict(), alpha=alpha,
+        uneven=uneven,
+    )  # fmt: skip
     ours = Ours(residents, clock)
-    names = {OURS: ours}
-    if engines.have_flashinfer_ext(clock) is None and clock.flashinfer_is_compiled:
-        names[OURS_FLASHINFER] = Ours(residents, clock, flashinfer=True)
-    ours.build(0)
     lists = []
     for of_set in range(sets):
         ours.build(of_set)
         lists.append(ours.indices[: residents.num_rows].clone())
-    sums = sums_for(residents.num_rows, model, clock.device)
-    reads = [lambda x=x: gather_read(pool.k_cells, pool.v_cells, x, sums) for x in lists]
-    part.add(case, ROWS_READ, clock.measure(*[clock.capture(read) for read in reads]), **about)
+    _reads(part, clock, case, pool, lists, ours.indptr, about)
+    part.attempt(f"{case}: {OURS}", _ours, clock, case, OURS, ours, about, lists)
 
+    if engines.have_flashinfer_ext(clock) is None and clock.flashinfer_is_compiled:
+        what = f"{case}: {OURS_FLASHINFER}"
+        part.attempt_optional(OURS_FLASHINFER, what, _our_flashinfer, clock, case, residents, about, lists)
     if alpha == 1:
-        for name, engine in engines.stock_engines(clock).items():
-            if isinstance(engine, str):
-                part.skip(f"{case}: {name}", engine)
-            elif name == engines.FLASHINFER and not clock.flashinfer_is_compiled:
-                part.skip(f"{case}: {name}", "FlashInfer was not compiled in the correctness part")
-            elif name == engines.SDPA and len(set(batch.lengths)) > 1:
-                part.skip(f"{case}: {name}", "requests of different lengths are not one tensor")
-            else:
-                part.attempt(f"{case}: {name}", _stock, clock, case, name, engine, residents, about)
-    for name, engine in names.items():
-        if alpha == 1:
-            full[name] = case
-        part.attempt(f"{case}: {name}", _ours, clock, case, name, engine, about, lists, full.get(name))
+        _stocks(part, clock, case, "", residents, about)
+    elif not uneven:
+        lengths = [-(-sum(residents.kept[row]) // model.layers) + OWN for row in range(len(batch.lengths))]
+        equal = Residents(pool, Batch(f"equal bytes of {batch.name}", tuple(lengths)), 1.0, False, sets)
+        _stocks(part, clock, case, EQUAL, equal, about | dict(moved=equal.moved, rows_per_step=equal.num_rows))
+
+
+def _reads(
+    part: Part, clock: Clock, case: str, pool: Pool, lists: list[torch.Tensor], indptr: torch.Tensor, about: dict
+) -> None:
+    """The bandwidth there is for these rows: read in one launch and in one per layer, and copied."""
+    k, v, model = pool.k_cells, pool.v_cells, pool.model
+    sums = sums_for(len(lists[0]), model, clock.device)
+    ends = indptr[:, -1].tolist()
+    per_layer = [[indices[a:b] for a, b in zip([0, *ends], ends)] for indices in lists]
+    of_row = 2 * model.kv_heads * model.head_dim * pool.storage.element_size()
+    at_once = min(len(lists[0]), COPIED_AT_ONCE // of_row)
+    out = torch.empty(2, at_once, model.kv_heads, model.head_dim, dtype=clock.dtype, device=clock.device)
+
+    def copy(indices: torch.Tensor) -> None:
+        for mine in indices.split(at_once):
+            gather_copy(k, v, mine, out.view(-1)[: len(mine) * of_row // pool.storage.element_size()])
+
+    reads = [clock.capture(lambda x=x: gather_read(k, v, x, sums)) for x in lists]
+    part.add(case, ROWS_READ, clock.measure(*reads), **about)
+    reads = [clock.capture(lambda x=x: [gather_read(k, v, mine, sums) for mine in x]) for x in per_layer]
+    part.add(case, ROWS_READ_PER_LAYER, clock.measure(*reads), **about)
+    copies = [clock.capture(lambda x=x: copy(x)) for x in lists]
+    moved = len(lists[0]) * (2 * of_row + 4)
+    part.add(case, ROWS_COPIED, clock.measure(*copies), **about | dict(moved=moved))
+
+
+def _our_flashinfer(
+    part: Part, clock: Clock, case: str, residents: Residents, about: dict, lists: list[torch.Tensor]
+) -> None:
+    _ours(part, clock, case, OURS_FLASHINFER, Ours(residents, clock, flashinfer=True), about, lists)
 
 
 def _ours(
-    part: Part,
-    clock: Clock,
-    case: str,
-    name: str,
-    engine: Ours,
-    about: dict,
-    lists: list[torch.Tensor],
-    full: str | None,
+    part: Part, clock: Clock, case: str, name: str, engine: Ours, about: dict, lists: list[torch.Tensor]
 ) -> None:
     """Times a whole step, its attention and what comes before it."""
     residents, sets = engine.residents, about["sets"]
+    model, batch, alpha, uneven = residents.pool.model, residents.batch, about["alpha"], about["uneven"]
     steps = [clock.capture(lambda s=s: engine.step(s)) for s in range(sets)]
     engine.out.fill_(torch.nan)
     steps[0]()
     clock.sync()
     _sample(part, case, name, engine, residents)
-    against = dict(versus=name, versus_case=full) if full and full != case else {}
-    if full == case:
-        against = dict(versus_best_of=[engines.FLASHINFER, engines.SGLANG, engines.SDPA])
-    part.add(case, name, clock.measure(*steps), share_of=ROWS_READ, **about, **against)
+    against = dict(versus=name, versus_case=case_name(model, batch, 1.0, False))
+    ratios, goals = {}, []
+    if alpha == 1:
+        against = dict(versus_best_of=STOCK)
+    elif uneven:
+        ratios, goals = {EVEN_RATIO: (case_name(model, batch, alpha, False), [name])}, [UNEVEN_COST]
+    else:
+        ratios = {STOCK_RATIO: (case, [stock + EQUAL for stock in STOCK])}
+    if alpha < 1 and batch.tokens == GOAL_TOKENS:
+        goals.append(DECODE)
+    ours = name == OURS  # whose rows the goals are about
+    more = dict(share_of=ROWS_READ, copied_by=ROWS_COPIED)
+    timing = clock.measure(*steps)
+    part.add(case, name, timing, **more, **about, **against, ratios=ratios, goals=goals if ours else [])
 
     engine.build(0)
     engine.plan()  # of every set: they differ in where rows are, not in how many
     alone = [clock.capture(lambda x=x: engine.attend(x)) for x in lists]
-    part.add(case, f"{name}: attention alone", clock.measure(*alone), share_of=ROWS_READ, moved=about["moved"])
-    many = PARTS_REPEATED
-    builds = clock.capture(lambda: engine.build(0), many)
-    both = clock.capture(lambda: (engine.build(0), engine.plan()), many)
-    part.add(case, f"{name}: index building", clock.measure(builds, per=many), share_of=name)
-    part.add(case, f"{name}: index building and plan", clock.measure(both, per=many), share_of=name)
+    goals = [EQUAL_BYTES] if ours and STOCK_RATIO in ratios else []
+    more |= dict(moved=about["moved"], goals=goals, ratios={} if uneven else ratios)
+    part.add(case, f"{name}: attention alone", clock.measure(*alone), **more)
+    goals = [INDEX] if ours and alpha < 1 and model.layers == GOAL_LAYERS else []
+    _before_attention(part, clock, case, name, engine, goals)
 
 
-def _stock(part: Part, clock: Clock, case: str, name: str, kind: type, residents: Residents, about: dict) -> None:
-    """A stock engine on the full cache, its attention captured; host planning is timed apart."""
-    engine: Decode = kind(residents, clock)
-    engine.fresh()
+def _before_attention(part: Part, clock: Clock, case: str, name: str, engine: Ours, goals: list[str]) -> None:
+    """Index building and planning, from the L2 cache and not."""
+    many, evict = PARTS_REPEATED, clock.evictor()
+
+    def both() -> None:
+        engine.build(0)
+        engine.plan()
+
+    def timed(*works: Callable[[], object]) -> Timing:
+        return clock.measure(clock.capture(lambda: [work() for work in works], many), per=many)
+
+    part.add(case, f"{name}: index building, warm", timed(lambda: engine.build(0)), share_of=name)
+    part.add(case, f"{name}: index building and plan, warm", timed(both), share_of=name)
+    cold = timed(evict, both).minus(timed(evict))
+    part.add(case, f"{name}: index building and plan, cold", cold, share_of=name, goals=goals)
+
+
+def _stocks(part: Part, clock: Clock, case: str, suffix: str, residents: Residents, about: dict) -> None:
+    """Every stock engine that there is, all layers over the same slots."""
+    for name, engine in engines.stock_engines(clock).items():
+        what = f"{case}: {name}{suffix}"
+        if isinstance(engine, str):
+            part.skip(what, engine)
+        elif name == engines.FLASHINFER and not clock.flashinfer_is_compiled:
+            part.skip(what, "FlashInfer did not run in the correctness part")
+        elif name == engines.SDPA and len(set(residents.batch.lengths)) > 1:
+            part.skip(what, "requests of different lengths are not one tensor")
+        else:
+            part.attempt_optional(name, what, _stock, clock, case, name, suffix, engine, residents, about)
+
+
+def _stock(
+    part: Part, clock: Clock, case: str, name: str, suffix: str, kind: type, residents: Residents, about: dict
+) -> None:
+    """A stock engine, its attention captured for each set; host planning is timed apart."""
+    of_sets: list[Decode] = [kind(residents, clock, of_set) for of_set in range(about["sets"])]
+    for engine in of_sets:
+        engine.fresh()
     clock.sync()
-    replay = clock.capture(engine.attend)
-    engine.out.fill_(torch.nan)
-    replay()
+    replays = [clock.capture(engine.attend) for engine in of_sets]
+    first = of_sets[0]
+    first.out.fill_(torch.nan)
+    replays[0]()
     clock.sync()
     if name != engines.SDPA:  # it reads the pool's first rows, whatever the slots are
-        _sample(part, case, name, engine, residents)
-    part.add(case, name, clock.measure(replay), share_of=ROWS_READ, **about)
-    walls = [clock.wall(engine.fresh) for _ in range(5)]
+        _sample(part, case, name + suffix, first, residents)
+    part.add(case, name + suffix, clock.measure(*replays), share_of=ROWS_READ, **about)
     if name == engines.FLASHINFER:
-        from benchmarks.gpu.timing import Timing
-
-        part.add(case, f"{name}: plan, by the host's clock", Timing.of(walls[1:3], walls[3:]), share_of=name)
+        walls = [clock.wall(first.fresh) for _ in range(5)]
+        timing = Timing.of(walls[1:3], walls[3:])
+        part.add(case, f"{name}{suffix}: plan, by the host's clock", timing, share_of=name + suffix)
 
 
 def _sample(part: Part, case: str, name: str, engine: Decode, residents: Residents) -> None:

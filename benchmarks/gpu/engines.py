@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.gpu.pool import Pool, Residents
 from benchmarks.gpu.record import importable
+from benchmarks.gpu.shapes import Model
 from benchmarks.gpu.timing import Clock
 
 OURS, OURS_FLASHINFER = "ours, Triton", "ours, FlashInfer"
@@ -19,11 +20,12 @@ class Decode:
 
     Attributes:
         q, out: ``[L, B, Hq, D]``.
-        fresh: builds the index lists and plans.
+        fresh: plans; what the plan is made from was prepared before.
         attend: runs all layers.
     """
 
-    def __init__(self, residents: Residents, clock: Clock) -> None:
+    def __init__(self, residents: Residents, clock: Clock, of_set: int = 0) -> None:
+        self.of_set = of_set
         self.residents, self.clock = residents, clock
         model = self.model = residents.pool.model
         shape = model.layers, len(residents.batch.lengths), model.q_heads, model.head_dim
@@ -31,24 +33,30 @@ class Decode:
         self.out = torch.full_like(self.q, torch.nan)
 
 
+def decode_engine(model: Model, size: int, clock: Clock, flashinfer: bool):
+    """Our engine for batches of up to ``size`` requests: in Triton, or FlashInfer's kernels."""
+    heads = model.q_heads, model.kv_heads, model.head_dim
+    if flashinfer:
+        from flashinfer_ext import RaggedDecode
+
+        dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
+        return RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
+    from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode
+
+    return RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
+
+
 class Ours(Decode):
     """Index lists and a plan on the device, all capturable."""
 
     def __init__(self, residents: Residents, clock: Clock, flashinfer: bool = False) -> None:
         super().__init__(residents, clock)
-        from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode, RaggedIndices
+        from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices
 
         model, size = self.model, len(residents.batch.lengths)
-        heads = model.q_heads, model.kv_heads, model.head_dim
         capacity = residents.num_rows + model.layers
         self.lists = RaggedIndices(model.layers, size, capacity, clock.device)
-        if flashinfer:
-            from flashinfer_ext import RaggedDecode
-
-            dtypes = dict(q_dtype=clock.dtype, kv_dtype=clock.dtype)
-            self.engine = RaggedDecode(model.layers, size, *heads, device=clock.device, **dtypes)
-        else:
-            self.engine = RaggedDecode(model.layers, size, *heads, clock.device, num_sms=clock.num_sms)
+        self.engine = decode_engine(model, size, clock, flashinfer)
 
     def build(self, of_set: int) -> None:
         at, pool = self.residents, self.residents.pool
@@ -77,8 +85,8 @@ class Ours(Decode):
 class StockFlashInfer(Decode):
     """``BatchDecodeWithPagedKVCacheWrapper``, page size 1; one host-side plan for equal layers."""
 
-    def __init__(self, residents: Residents, clock: Clock) -> None:
-        super().__init__(residents, clock)
+    def __init__(self, residents: Residents, clock: Clock, of_set: int = 0) -> None:
+        super().__init__(residents, clock, of_set)
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
         size, model, device = len(residents.batch.lengths), self.model, clock.device
@@ -95,12 +103,13 @@ class StockFlashInfer(Decode):
             paged_kv_last_page_len_buffer=torch.ones(size, **ints),
         )
         self.last_page_len = torch.ones(size, dtype=torch.int32)
+        indptr, self.slots = slots_of(residents, of_set)
+        self.indptr_cpu = indptr.cpu()
 
     def fresh(self) -> None:
-        indptr, indices = slots_of(self.residents)
         model, dtype = self.model, self.clock.dtype
         self.wrapper.plan(
-            indptr.cpu(), indices, self.last_page_len, model.q_heads, model.kv_heads, model.head_dim, 1,
+            self.indptr_cpu, self.slots, self.last_page_len, model.q_heads, model.kv_heads, model.head_dim, 1,
             q_data_type=dtype, kv_data_type=dtype, sm_scale=model.scale,
         )  # fmt: skip
 
@@ -114,8 +123,8 @@ class StockTriton(Decode):
 
     SPLITS = 8  # --triton-attention-num-kv-splits
 
-    def __init__(self, residents: Residents, clock: Clock) -> None:
-        super().__init__(residents, clock)
+    def __init__(self, residents: Residents, clock: Clock, of_set: int = 0) -> None:
+        super().__init__(residents, clock, of_set)
         from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
         from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
 
@@ -125,12 +134,12 @@ class StockTriton(Decode):
         self.logits = torch.empty(*shape, model.head_dim, dtype=torch.float32, device=device)
         self.lse = torch.empty(shape, dtype=torch.float32, device=device)
         self.num_splits = torch.empty(size, dtype=torch.int32, device=device)
-        self.indptr, self.indices = slots_of(residents)
+        self.indptr, self.indices = slots_of(residents, of_set)
 
     def fresh(self) -> None:
         size, model = len(self.residents.batch.lengths), self.model
         self.splits_of[(1,)](
-            self.num_splits, self.residents.seq_lens[0], size, 1, model.q_heads, model.kv_heads, self.SPLITS,
+            self.num_splits, self.residents.seq_lens[self.of_set], size, 1, model.q_heads, model.kv_heads, self.SPLITS,
             self.clock.num_sms, MAX_NUM_SEQ=256,
         )  # fmt: skip
 
@@ -150,19 +159,21 @@ class Sdpa(Decode):
 
     def attend(self) -> None:
         size, length = len(self.residents.batch.lengths), self.residents.batch.lengths[0]
+        first = self.of_set * size * length  # of the pool's rows, whatever the slots are
         for layer, (k, v) in enumerate(self.residents.pool.storage):
-            k, v = (x[: size * length].view(size, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
+            k, v = (x[first : first + size * length].view(size, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
             attended = torch.nn.functional.scaled_dot_product_attention(
                 self.q[layer][:, :, None], k, v, scale=self.model.scale, enable_gqa=True
             )
             self.out[layer].copy_(attended[:, :, 0])
 
 
-def slots_of(residents: Residents) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first set's slots as every layer of a stock engine reads them: ``[B + 1]``, ``[tokens]`` int32."""
+def slots_of(residents: Residents, of_set: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One set's slots as every layer of a stock engine reads them: ``[B + 1]``, ``[tokens]`` int32."""
     lengths = residents.batch.lengths
     indptr = torch.tensor([0, *lengths], device=residents.pool.device).cumsum(0).int()
-    slots = [residents.req_to_token[row, :length] for row, length in enumerate(lengths)]
+    first = of_set * len(lengths)
+    slots = [residents.req_to_token[first + row, :length] for row, length in enumerate(lengths)]
     return indptr, torch.cat(slots)
 
 

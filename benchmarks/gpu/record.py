@@ -40,7 +40,10 @@ class Part:
         checks: dictionaries of ``name``, ``ok`` and the errors behind it.
         broken: what broke off, with its traceback.
         skipped: sentences.
+        engine: of :meth:`attempt_optional`; beside every row and check that is added meanwhile.
     """
+
+    engine: str | None = None
 
     def __init__(self, name: str, deadline: Deadline, save=lambda: None) -> None:
         self.name, self.deadline, self._save = name, deadline, save
@@ -74,12 +77,14 @@ class Part:
         self.rows.append(
             {"case": case, "row": row, "seconds": timing._asdict()}
             | {key: value for key, value in named.items() if value is not None}
+            | ({"engine": self.engine} if self.engine else {})
             | extra
         )
         self._save()
 
     def check(self, name: str, ok: bool, **evidence) -> bool:
-        self.checks.append({"name": name, "ok": bool(ok)} | evidence)
+        whose = {"engine": self.engine} if self.engine else {}
+        self.checks.append({"name": name, "ok": bool(ok)} | whose | evidence)
         if not ok:
             print(f"  WRONG: {name} {evidence}", flush=True)
         self._save()
@@ -101,6 +106,22 @@ class Part:
             self.broken.append({"what": what, "traceback": traceback.format_exc()[-3000:]})
             print(f"  BROKE OFF: {what}: {self.broken[-1]['traceback']}", flush=True)
             self._save()
+
+    def attempt_optional(self, engine: str, what: str, work, *arguments) -> bool:
+        """Runs ``work`` of an engine that need not be there; whether it came to its end.
+
+        What breaks off is skipped, with the reason. A check that fails meanwhile refuses the ratios of
+        this engine's rows, and of those held against them, and no others.
+        """
+        self.engine = engine
+        try:
+            work(self, *arguments)
+            return True
+        except Exception as error:
+            self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
+            return False
+        finally:
+            self.engine = None
 
     def has(self, seconds: float, what: str) -> bool:
         """Whether ``seconds`` are left for ``what``; says so where they are not."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +25,17 @@ QUESTION = "What stands to the left of the largest object, and which colour does
 SECONDS_PER_SERVER = 150  # to start one, with its CUDA graphs, and to serve the burst twice
 REQUESTS, PICTURES, VISUAL_TOKENS, OUTPUTS = 24, 16, 1024, 128
 PROMPT_TOKENS = PICTURES * VISUAL_TOKENS
-# Tokens of KV: about three prompts, and more than all of them.
-POOLS = {"memory-bound pool": 3 * (PROMPT_TOKENS + 1024), "ample pool": (REQUESTS + 2) * (PROMPT_TOKENS + 1024)}
+# Tokens of KV: about three prompts, more than all of them, and what SGLang picks by itself.
+POOLS = {
+    "memory-bound pool": 3 * (PROMPT_TOKENS + 1024),
+    "ample pool": (REQUESTS + 2) * (PROMPT_TOKENS + 1024),
+    "default pool": None,
+}
+# In the order of their worth; a call of ten minutes has time for about three.
+SERVERS = [
+    ("memory-bound pool", STOCK), ("memory-bound pool", OURS), ("default pool", STOCK),
+    ("ample pool", STOCK), ("ample pool", OURS), ("default pool", OURS),
+]  # fmt: skip
 
 
 class Burst(NamedTuple):
@@ -67,31 +78,44 @@ def run(part: Part, clock: Clock) -> None:
             part.skip("serving", "no servers are started in a rehearsal")
             return
         part.notes.append(
-            f"{REQUESTS} requests at once, {PICTURES} pictures of {VISUAL_TOKENS} visual tokens each, {OUTPUTS} "
-            "output tokens, dummy weights, radix cache, overlap scheduling and CUDA graphs on; "
+            f"{REQUESTS} requests at once, {PICTURES} different pictures of {VISUAL_TOKENS} visual tokens each, "
+            f"{OUTPUTS} output tokens, dummy weights; the flags and variables that a row names and no others, so radix "
+            "cache, overlap scheduling, CUDA graphs and compilation are as SGLang has them; "
             "byte tokenizer and tiny vision tower, so TTFT is the language model's"
         )
-        for pool_name, tokens in POOLS.items():
-            for row in (STOCK, OURS):
-                if part.has(SECONDS_PER_SERVER, f"{pool_name}, {row}"):
-                    _serve(part, Path(folder), pool_name, tokens, row)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
+        for pool_name, row in SERVERS:
+            what = f"{pool_name}, {row}"
+            if part.has(SECONDS_PER_SERVER, what):
+                part.attempt(what, _serve, Path(folder), pool_name, POOLS[pool_name], row)
 
 
-def _serve(part: Part, folder: Path, pool_name: str, tokens: int, name: str) -> None:
+def _serve(part: Part, folder: Path, pool_name: str, tokens: int | None, name: str) -> None:
     """One server: started, warmed, and given the burst twice."""
     from benchmarks import common
+    from benchmarks.gpu.server import UsersServer, recorded
 
     policy = ("--kv-policy", "vlcache", "--kv-budget", str(ALPHA)) if name == OURS else ()
     environment = {} if name == OURS else {"SGLANG_PLUGINS": "none"}  # nothing of ours is loaded
-    flags = ("--load-format", "dummy", "--dtype", "bfloat16", "--max-total-tokens", str(tokens))
-    with common.serve(common.Row(policy, environment), *flags, model=folder, gib=16) as server:
-        bodies = [common.body(QUESTION, common.pictures(PICTURES, VISUAL_TOKENS, s), OUTPUTS) for s in range(REQUESTS)]
+    pool = () if tokens is None else ("--max-total-tokens", str(tokens))
+    flags = ("--load-format", "dummy", *pool, *policy)
+    timeout = max(part.deadline.left(), 1.0)
+    with UsersServer(folder, *flags, env=environment, start_timeout=timeout) as server:
+        bodies = [common.body(QUESTION, different_pictures(request), OUTPUTS) for request in range(REQUESTS)]
         common.stream(server, common.body(QUESTION, common.pictures(1, 256, 10**6), 8))
         bursts = []
         for _ in range(2):
             bursts.append(_burst(server, bodies))
         what = common.policy_of(server)
-    summarise(part, pool_name, name, bursts, {"pool_tokens": tokens, "flags": flags, "policy": json.dumps(what)})
+        about = {"pool_tokens": tokens, "flags": server.flags, "environment": recorded(server.env)}
+    summarise(part, pool_name, name, bursts, about | {"policy": json.dumps(what)})
+
+
+def different_pictures(request: int) -> list:
+    """No two alike, in a request or between requests: each is encoded."""
+    from benchmarks import common
+
+    return [common.picture(VISUAL_TOKENS, request * PICTURES + number) for number in range(PICTURES)]
 
 
 def _burst(server, bodies: list[dict]) -> Burst:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NamedTuple
 
@@ -41,6 +42,11 @@ class Timing(NamedTuple):
             medians = sorted(torch.tensor(x, dtype=torch.float64).median().item() for x in (first, second))
             spread = medians[1] / medians[0] - 1
         return cls(p20, p50, p80, len(values), spread)
+
+    def minus(self, other: Timing) -> Timing:
+        """Without what ``other`` took, whose median is subtracted; never below a nanosecond."""
+        without = {name: max(getattr(self, name) - other.p50, 1e-9) for name in ("p20", "p50", "p80")}
+        return self._replace(**without, spread=None)
 
     def scaled(self, factor: float) -> Timing:
         """Of ``factor`` times the work, computed: one of L equal layers, say."""
@@ -92,6 +98,21 @@ class Clock:
             for _ in range(times):
                 work()
         return graph.replay
+
+    @contextmanager
+    def never_waiting(self) -> Iterator[None]:
+        """Whatever waits for the device in between raises an error."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def evictor(self) -> Callable[[], object]:
+        """Reads four times the L2 cache, so that what was in it is not."""
+        buffer = torch.zeros(max(1, self.l2_bytes), device=self.device)  # of four bytes each
+        total = torch.empty((), device=self.device)
+        return lambda: torch.sum(buffer, 0, out=total)
 
     def measure(self, *works: Callable[[], object], per: int = 1, seconds: float = BATCH_SECONDS) -> Timing:
         """Device time of one call, by events; ``works`` do the same on different data, in rotation.
@@ -151,6 +172,10 @@ class Rehearsal(Clock):
 
     def capture(self, work: Callable[[], object], times: int = 1) -> Callable[[], None]:
         return work
+
+    @contextmanager
+    def never_waiting(self) -> Iterator[None]:
+        yield
 
     def measure(self, *works: Callable[[], object], per: int = 1, seconds: float = 0.0) -> Timing:
         once = max(self.wall(works[0]) / per, 1e-9)
