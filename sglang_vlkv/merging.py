@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sglang_vlkv.base import Policy
-from sglang_vlkv.kernels.compaction import gather_rows
+from sglang_vlkv.kernels.compaction import cpu, gather_rows
 
 TILE_ELEMENTS = 1 << 22  # float32 similarities alive at once: 16 MiB
 
@@ -78,13 +78,8 @@ def bucket_means(x: torch.Tensor, bucket: torch.Tensor, num_kept: int) -> torch.
         ``[num_kept, H, D]`` in x's dtype. A bucket of one row is that row to the bit.
     """
     num_heads, n = bucket.shape
-    bases = torch.arange(num_heads, device=x.device)[:, None] * (num_kept + 1)
-    at = (bases + bucket.remainder(num_kept + 1)).flatten()  # -1 becomes a bucket that nobody reads
-    rows = x.transpose(0, 1).reshape(num_heads * n, -1)
-    sums = torch.zeros(num_heads * (num_kept + 1), x.shape[2], device=x.device)
-    sums.index_add_(0, at, rows.float())
-    counts = torch.bincount(at, minlength=len(sums))
-    one = torch.zeros_like(counts).scatter_(0, at, torch.arange(len(at), device=x.device))
-    means = (sums / counts.clamp_min(1)[:, None]).to(x.dtype)
-    means = torch.where((counts == 1)[:, None], rows[one], means)
-    return means.view(num_heads, num_kept + 1, -1)[:, :num_kept].transpose(0, 1)
+    positions = torch.arange(n, device=x.device)
+    one = bucket.new_zeros(num_heads, num_kept + 1)  # a position of each; the last takes what is in none
+    one.scatter_(1, bucket.remainder(num_kept + 1), positions.expand_as(bucket))
+    own = x[one[:, :num_kept].t(), torch.arange(num_heads, device=x.device)]
+    return cpu.bucket_means(x, positions, bucket, own)

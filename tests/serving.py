@@ -81,9 +81,7 @@ class Server:
         cwd: Path = ROOT,
         start_timeout: float = 240.0,
     ) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log_path = Path(tempfile.mkstemp(prefix="server-", suffix=".log")[1])
+        self._take_port()
         flags = [
             "--model-path", str(model), "--dtype", "float32",
             "--host", "127.0.0.1", "--port", str(self.port), "--mem-fraction-static", "0.3",
@@ -93,16 +91,23 @@ class Server:
         if self.prefork and ordinary and READ_LATE.issuperset(env or {}):
             self.process = self.prefork.start(flags, self.log_path, env or {})
         else:
+            self._run([python, *command, *flags], environment(env), cwd)
+        self._await(start_timeout)
+
+    def _take_port(self) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = Path(tempfile.mkstemp(prefix="server-", suffix=".log")[1])
+
+    def _run(self, command: list[str], env: dict[str, str], cwd: Path = ROOT) -> None:
+        with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
-                [python, *command, *flags],
-                stdout=self.log_path.open("w"),
-                stderr=subprocess.STDOUT,
-                env=environment(env),
-                cwd=cwd,
-                start_new_session=True,
+                command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True
             )
+
+    def _await(self, timeout: float) -> None:
         try:
-            self._wait_until_ready(start_timeout)
+            self._wait_until_ready(timeout)
         except BaseException:
             self.stop()
             raise

@@ -629,7 +629,7 @@ def test_a_server_is_started_as_a_user_would(monkeypatch):
     assert recorded["SGLANG_PLUGINS"] == "none" and recorded["NCCL_DEBUG"] == "INFO"
     assert "SOMETHING_SECRET" not in recorded
     started = {}
-    monkeypatch.setattr(server.subprocess, "Popen", lambda command, **named: started.update(named, command=command))
+    monkeypatch.setattr("subprocess.Popen", lambda command, **named: started.update(named, command=command))
     monkeypatch.setattr(server.UsersServer, "_wait_until_ready", lambda self, timeout: None)
     users = server.UsersServer(Path("m"), "--load-format", "dummy", env={}, start_timeout=1)
     assert started["start_new_session"] and started["command"][-2:] == ["--load-format", "dummy"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu.pool import Pool, Residents
+from benchmarks.gpu.pool import Residents
 from benchmarks.gpu.record import importable
 from benchmarks.gpu.shapes import Model
 from benchmarks.gpu.timing import Clock

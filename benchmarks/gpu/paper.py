@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import linear
 
 from benchmarks.gpu.baseline import Decoder, DynamicCache
 from benchmarks.gpu.compression import flash
 from benchmarks.gpu.correctness import attend, compare, error, kernel
 from benchmarks.gpu.goals import PAPER_DECODE, PAPER_WHOLE, TOGETHER
 from benchmarks.gpu.record import Part
-from benchmarks.gpu.shapes import ALPHA, MISTRAL, TOY_MISTRAL, Batch, Model
+from benchmarks.gpu.shapes import ALPHA, MISTRAL, TOY_MISTRAL, Batch
 from benchmarks.gpu.timing import Clock, Timing
 from sglang_vlkv.kernels.ragged_attention.rows import RowTable
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from tests.serving import LAUNCH, ROOT, Server, free_port
+from tests.serving import LAUNCH, Server
 
 NOT_PASSED_ON = ("TORCHDYNAMO_DISABLE", "TRITON_INTERPRET", "SGLANG_PLUGINS")
 RECORDED = ("CUDA_", "FLASHINFER_", "NCCL_", "OMP_", "PYTORCH_", "SGLANG_", "TORCH", "TRITON_", "VLKV_")
@@ -32,22 +30,8 @@ class UsersServer(Server):
     """
 
     def __init__(self, model: Path, *flags: str, env: dict[str, str], start_timeout: float) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log_path = Path(tempfile.mkstemp(prefix="server-", suffix=".log")[1])
+        self._take_port()
         self.flags = ["--host", "127.0.0.1", "--port", str(self.port), *flags]
         self.env = environment(env)
-        with self.log_path.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *LAUNCH, "--model-path", str(model), *self.flags],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.env,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-        try:
-            self._wait_until_ready(start_timeout)
-        except BaseException:
-            self.stop()
-            raise
+        self._run([sys.executable, *LAUNCH, "--model-path", str(model), *self.flags], self.env)
+        self._await(start_timeout)

@@ -144,15 +144,19 @@ class RaggedDeviceBackend:
         if not batch.batch_size:
             return
         pool, rows = self.token_to_kv_pool, self._rows
-        self._lists = indices.build(
-            rows.table, batch.req_pool_indices, batch.seq_lens, self._req_to_token, pool.cells_per_layer
-        )
+        self._lists = self._build(indices, batch)
         self._kernel.plan(self._lists[0])
         pool.tags.index_fill_(0, batch.out_cache_loc, int(Modality.TEXT))
         self._drafting = []
         if rows.drafts:  # then the step is an eager one
             states = map(pool.requests.at_row, batch.req_pool_indices.tolist())
             self._drafting = [(i, s) for i, s in enumerate(states) if s is not None and s.plan.writes_draft]
+
+    def _build(self, indices: RaggedIndices, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """``indptr`` and ``indices`` of what the batch's newest tokens see."""
+        cells_per_layer = self.token_to_kv_pool.cells_per_layer
+        rows, lengths = batch.req_pool_indices, batch.seq_lens
+        return indices.build(self._rows.table, rows, lengths, self._req_to_token, cells_per_layer)
 
     def _list_extends(self, batch: ForwardBatch, extends: list[Extend]) -> Extends | None:
         """The lists of a prefill that goes on from compacted rows; None where all rows are exact."""
@@ -161,10 +165,8 @@ class RaggedDeviceBackend:
         if all(state is None or state.cells is None for state in states):
             return None
         seen = [_rows_seen(state, extend.end, pool.layer_num) for state, extend in zip(states, extends)]
-        capacity = sum(map(sum, seen))
-        indptr, indices = RaggedIndices(pool.layer_num, len(extends), capacity, pool.device).build(
-            self._rows.table, batch.req_pool_indices, batch.seq_lens, self._req_to_token, pool.cells_per_layer
-        )
+        lists = RaggedIndices(pool.layer_num, len(extends), sum(map(sum, seen)), pool.device)
+        indptr, indices = self._build(lists, batch)
         qo_indptr = torch.zeros(len(extends) + 1, dtype=torch.int32, device=pool.device)
         torch.cumsum(batch.extend_seq_lens, 0, out=qo_indptr[1:])
         counts = [extend.end - extend.start for extend in extends]

@@ -57,7 +57,7 @@ def gather_rows(
                 out=into[own].flatten(0, 1),
             )  # fmt: skip
             if merge and count:
-                into[own] = _means(x, cells, bucket, into[own])
+                into[own] = bucket_means(x, cells, bucket, into[own])
         first += count
     return rows
 
@@ -75,8 +75,20 @@ def _buckets(kept: torch.Tensor, n: int, sink_tokens: int) -> torch.Tensor:
     return nearest.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
 
 
-def _means(x: torch.Tensor, cells: torch.Tensor, bucket: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Means ``[k, H, D]`` of the rows ``x[cells]`` of each bucket, or its ``own`` where it is alone."""
+def bucket_means(
+    x: torch.Tensor, cells: torch.Tensor, bucket: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """Means of the rows of each bucket, taken in float32.
+
+    Args:
+        x: ``[num_cells, H, D]``.
+        cells: of the rows, ``[n]`` int64.
+        bucket: which of k each row is in, ``[H, n]`` int64 in [-1, k); -1 is in none.
+        own: the row that a bucket of one row is, ``[k, H, D]``.
+
+    Returns:
+        ``[k, H, D]`` in x's dtype.
+    """
     count, num_heads, _ = own.shape
     bases = torch.arange(num_heads, device=x.device) * (count + 1)
     at = bases + bucket.t().remainder(count + 1)  # [n, H]; -1 becomes a bucket that nobody reads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Callable, Sequence
 
 import torch
@@ -136,9 +137,7 @@ def gather_rows(
     out = k_cells.new_empty(2, num_rows, num_heads, head_dim)
     if not num_rows or not num_heads:
         return out
-    starts = [0]
-    for count in num_kept:
-        starts.append(starts[-1] + count)
+    starts = list(accumulate(num_kept, initial=0))
     starts, most = on_device(starts, kept.device), max(num_kept)
     lists = k_cells, v_cells, slots, kept, starts, *out
     sizes = *k_cells.stride()[:2], kept.stride(0), cells_per_layer

@@ -6,6 +6,7 @@ that equal the last one the earliest.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Callable, Sequence
 
 import torch
@@ -86,9 +87,7 @@ def select_rows(scores: torch.Tensor, tier: torch.Tensor, num_kept: Sequence[int
     num_layers, num_heads, n = scores.shape
     if n > MOST_POSITIONS:
         raise ValueError(f"{n} positions; at most {MOST_POSITIONS} can be ranked")
-    starts = [0]
-    for count in num_kept:
-        starts.append(starts[-1] + count)
+    starts = list(accumulate(num_kept, initial=0))
     out = torch.empty(num_heads, starts[-1], dtype=torch.int64, device=scores.device)
     starts = on_device(starts, scores.device)
     _select_rows[num_layers, num_heads](
