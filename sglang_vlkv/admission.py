@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
+from sglang_vlkv import events
 from sglang_vlkv.radix import TwinRadixCache
 
 
@@ -50,22 +51,35 @@ class ReservingPrefillAdder(PrefillAdder):
             if not self.tree_cache.unpin_for(req):
                 break
             result = super().add_one_req(req, *args, **kwargs)
+        if result is AddReqResult.NO_TOKEN and self.tree_cache.watchers:
+            self._note_deferred(req)
         return result
+
+    def _note_deferred(self, req: Req) -> None:
+        state = self.tree_cache.state_of(req)
+        waits = req not in self.can_run_list  # upstream says NO_TOKEN of the last that it admits too
+        if waits and not state.deferred and (self._pending or self._reserve(req)):
+            state.deferred = True
+            self.tree_cache.watchers.tell(events.Deferred(req.rid))
 
     def _request_slot_reserve_for_req(
         self, req: Req, *, extend_input_len: int | None = None
     ) -> int:
         """Upstream's seam for what a request needs beside its new tokens."""
         reserve = super()._request_slot_reserve_for_req(req, extend_input_len=extend_input_len)
+        return reserve + self._reserve(req)
+
+    def _reserve(self, req: Req) -> int:
+        """Slots that its kept rows need beyond those that its own prefill takes."""
         state = self.tree_cache.state_of(req)
         plan = state.asked if state.hit is None else state.hit_plan
         alone = not (self.running_batch.reqs or self.can_run_list or self._pending)
         # Before its prefix is matched, as when preemption asks, nothing is known of its needs.
         matched = len(req.full_untruncated_fill_ids) > 0
         if plan.left_alone or req.kv.holds_kv or alone or not matched:
-            return reserve
+            return 0
         computed = max(0, len(req.origin_input_ids) - req.prefix_len)
-        return reserve + max(0, plan.max_slots - computed)
+        return max(0, plan.max_slots - computed)
 
     def _get_running_request_total_token_offset(self, req: Req) -> int:
         """A request under fixed-point elimination grows no more."""

@@ -89,6 +89,18 @@ class Prompt:
             self._copies[name, device] = made.to(device, non_blocking=True)
         return self._copies[name, device]
 
+    def per_modality(self, kept: list[torch.Tensor]) -> dict[str, int]:
+        """Rows by what they hold, over all layers and KV heads.
+
+        Args:
+            kept: per layer, positions ``[Hkv, rows]``.
+        """
+        return {
+            modality.name.lower(): sum(int((self.tags[layer] == modality).sum()) for layer in kept)
+            for modality in Modality
+            if (self.tags == modality).any()
+        }
+
     @property
     def num_visual(self) -> int:
         return int(self.visual.sum())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
+from sglang_vlkv import events
 from sglang_vlkv.base import LayerScores, Modality, Policy, Selection
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.merging import merge
@@ -87,6 +89,7 @@ class Compactor:
         self._slide(batch)
         if any(state.pending for state in self._pool.requests.holders()):
             self._compact(scheduler, batch)
+        self._tree.watchers.sample(lambda: self._pool_use(scheduler, batch))
         # With overlap the host has not seen the newest token yet, and the next one joins it.
         decoding = ((req, req.seqlen + 2) for req in batch.reqs)
         self._pool.requests.expect(decoding, self._pool.layer_num)
@@ -104,6 +107,7 @@ class Compactor:
         ]
         if not fresh:
             return
+        start = time.perf_counter()
         self._await_forward()
         # All exact prompts go before any kept row is placed: they may share what they free.
         selections = self._select(fresh)
@@ -116,6 +120,11 @@ class Compactor:
         homeless = [item.req for item in gathered if not self._place(item)]
         if homeless:
             self._retract(scheduler, batch, homeless)
+        if watchers := self._tree.watchers:
+            for req, state in fresh:
+                homed = req not in homeless
+                watchers.tell(self._compacted(req, state) if homed else events.NoRoom(req.rid))
+            watchers.tell(events.Pass(len(fresh), time.perf_counter() - start))
         # SGLang clears this flag only when a request leaves; the freed rows can admit others now.
         batch.batch_is_full = False
 
@@ -244,7 +253,7 @@ class Compactor:
         if same is None:
             self._fill(twin, packed, item)
             if not tree.disable and num_packed:  # else every row slides
-                tree.keep(twin, req.priority or 0)
+                tree.keep(twin, req)
                 lock = tree.lock(twin.node)
         elif same.holders:
             state.prefix_kind = "shared"
@@ -309,6 +318,34 @@ class Compactor:
             layers = zip(rows.split(num_kept, dim=1), twin.num_rows, strict=True)
             rows = torch.cat([layer[:, :fixed] for layer, fixed in layers], dim=1)
         scatter_rows(pool.k_cells, pool.v_cells, torch.cat(twin.cells), rows)
+
+    def _compacted(self, req: Req, state: RequestState) -> events.Compacted:
+        kept, prompt, policy = state.rows_of_prompt(), state.asked.prompt, state.asked.policy
+        return events.Compacted(
+            rid=req.rid,
+            policy=policy.name,
+            budget=policy.budget,
+            prompt_tokens=prompt.num_tokens,
+            visual_tokens=prompt.num_visual,
+            kept_per_layer=[layer.shape[1] for layer in kept],
+            kept_per_modality=prompt.per_modality(kept),
+            sparsity_per_layer=state.twin.sparsity,
+            kept_bytes=state.kept_slots * self._pool.slot_bytes,
+            full_bytes=prompt.num_tokens * self._pool.slot_bytes,
+            shared=state.prefix_kind == "shared",
+        )
+
+    def _pool_use(self, scheduler: Scheduler, batch: ScheduleBatch) -> events.PoolUse:
+        allocator = self._tree.token_to_kv_pool_allocator
+        return events.PoolUse(
+            size=allocator.size,
+            free=allocator.available_size(),
+            evictable=self._tree.evictable_size(),
+            twins=self._tree.twins.num_slots,
+            slot_bytes=self._pool.slot_bytes,
+            running=len(batch.reqs),
+            waiting=len(scheduler.waiting_queue),
+        )
 
     def _retract(self, scheduler: Scheduler, batch: ScheduleBatch, reqs: list[Req]) -> None:
         logger.warning(

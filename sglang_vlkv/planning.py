@@ -11,7 +11,7 @@ from sglang.srt.multimodal.modality import Modality as SglangModality
 from sglang_vlkv.base import VISUAL, Modality, Policy, Prompt
 from sglang_vlkv.config import Settings
 from sglang_vlkv.drafting import draft_of
-from sglang_vlkv.requests import Plan
+from sglang_vlkv.requests import Plan, Reason
 
 _MODALITIES = {
     SglangModality.IMAGE: Modality.IMAGE,
@@ -73,13 +73,13 @@ class Planner:
         """Decides, before the prefill and from the request alone, what becomes of its prompt."""
         prompt, custom = self.read_prompt(req), req.sampling_params.custom_params
         try:
-            policy, reason = self._settings.for_request(custom), ""
+            policy, reason = self._settings.for_request(custom), Reason()
         except ValueError as error:  # the frontend has refused these, unless somebody went past it
-            policy, reason = self._settings.policy, str(error)
+            policy, reason = self._settings.policy, Reason("refused", str(error))
         if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
-            reason = reason or "no image or video"
+            reason = reason or Reason("no_visual", "no image or video")
         elif req.beam_group is not None:
-            reason = reason or "beam search"
+            reason = reason or Reason("beam_search", "beam search")
         return self._planned(Plan(prompt, policy, reason, 0, 0, *draft_of(custom)))
 
     def for_turn(self, plan: Plan, start: int) -> Plan:
@@ -96,16 +96,18 @@ class Planner:
         max_slots = plan.policy.max_slots(plan.prompt.num_tokens, self._num_layers)
         return replace(plan, left_alone=reason, num_voting=rows, max_slots=max_slots)
 
-    def _why_left_alone(self, prompt: Prompt, policy: Policy) -> str:
+    def _why_left_alone(self, prompt: Prompt, policy: Policy) -> Reason:
         """Empty where the prompt is compacted."""
         n = prompt.num_tokens
         if not prompt.num_visual:
-            return "its images or videos stand nowhere in the prompt"
+            return Reason("not_in_prompt", "its images or videos stand nowhere in the prompt")
         if n < policy.min_prompt_tokens:
-            return f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
+            words = f"{n} prompt tokens, fewer than min_prompt_tokens {policy.min_prompt_tokens}"
+            return Reason("short_prompt", words)
         keeps_all = policy.max_total(n, self._num_layers) >= n * self._num_layers
         if keeps_all and not policy.compact_always:
-            return "the budget keeps every row"
+            return Reason("full_budget", "the budget keeps every row")
         if policy.needs_rope and not self._has_rope:
-            return f"{policy.name} needs a rotary position embedding, and the model has none"
-        return ""
+            words = f"{policy.name} needs a rotary position embedding, and the model has none"
+            return Reason("no_rope", words)
+        return Reason()

@@ -196,6 +196,7 @@ USES = {
         "evict_from_tree_cache": "tree_cache num_tokens",
     },
     "sglang.srt.managers.schedule_batch": {
+        "FINISH_ABORT": "",
         "Req.owned_kv_len": "self",
         "ScheduleBatch.release_req": "self idx remaing_req_count",
         "ScheduleBatch.filter_batch": "self keep_indices",

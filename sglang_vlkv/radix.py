@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Iterable
 
 import torch
 from sglang.srt.disaggregation.kv_events import BlockRemoved, BlockStored
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     EvictResult,
@@ -21,11 +22,12 @@ from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from sglang_vlkv import events
 from sglang_vlkv.base import Modality
-from sglang_vlkv.config import FALLBACK, OFF, PREFER, RESUME, Settings
+from sglang_vlkv.config import FALLBACK, NONE, OFF, PREFER, RESUME, Settings
 from sglang_vlkv.planning import Planner
 from sglang_vlkv.pool import CellPool
-from sglang_vlkv.requests import Plan, Requests, RequestState
+from sglang_vlkv.requests import Plan, Reason, Requests, RequestState
 from sglang_vlkv.twins import Hit, Slides, Twin, Twins
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class TwinRadixCache(UnifiedRadixCache):
         settings, planner, compactor: wired once the scheduler stands, before the first request.
         decoding: the requests that decode, and maybe some that have just been released.
         twins: every twin in the tree.
+        watchers: are told what happens to kept rows.
     """
 
     settings: Settings
@@ -56,6 +59,7 @@ class TwinRadixCache(UnifiedRadixCache):
 
     def __init__(self, params) -> None:
         self.twins = Twins()
+        self.watchers = events.Watchers()
         self.decoding = []
         self._unannounced: set[int] = set()  # hashes in KV events
         self._pins: dict[Req, tuple[Twin, TreeLock]] = {}  # oldest first
@@ -63,6 +67,8 @@ class TwinRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         super().reset()
+        if self.watchers and len(self.twins):
+            self.watchers.tell(events.Flushed(len(self.twins)))
         self.twins.clear()
         self._pins.clear()
         self._unannounced.clear()
@@ -147,7 +153,8 @@ class TwinRadixCache(UnifiedRadixCache):
 
     def _plan_behind(self, req: Req, state: RequestState, hit: Hit) -> Plan:
         if hit.rows is None and hit.twin.end >= len(req.origin_input_ids):
-            return replace(state.asked, left_alone="a twin stands for it", num_voting=0, max_slots=0)
+            reason = Reason("twin", "a twin stands for it")
+            return replace(state.asked, left_alone=reason, num_voting=0, max_slots=0)
         return self.planner.for_turn(state.asked, hit.covered)
 
     def swa_reprefill_tail_tokens(self, req: Req | None = None) -> int:
@@ -212,21 +219,32 @@ class TwinRadixCache(UnifiedRadixCache):
         self.hold(req, state, twin, hit.rows)
         self.requests.sees(state)
         self.twins.hits += 1
+        if self.watchers:
+            self.watchers.tell(
+                events.TwinHit(twin.node, req.rid, state.prefix_kind, hit.covered, n, hit.rows_lost)
+            )
 
     # ---- Twins of live requests ----
 
-    def keep(self, twin: Twin, priority: int) -> None:
-        """Gives the slots of a new twin to the tree, unlocked."""
+    def keep(self, twin: Twin, req: Req) -> None:
+        """Gives the slots of a new twin, of rows of ``req``, to the tree, unlocked."""
         stands = twin.parent is not None and twin.parent in self.twins
         before = self.path_device_indices(twin.parent.node) if stands else twin.slots[:0]
         params = InsertParams(
             key=RadixKey(self.twins.name(twin), NAMESPACE),
             value=torch.cat([before.long(), twin.slots.long()]),
             prev_prefix_len=len(before),
-            priority=priority,
+            priority=req.priority or 0,
         )
         twin.node = self.insert(params).last_device_node
         self.twins.add(twin)
+        if self.watchers and twin.lasting:
+            num_bytes = len(twin.slots) * self.pool.slot_bytes
+            self.watchers.tell(
+                events.TwinCreated(
+                    twin.node, req.rid, twin.start, len(twin.tokens), num_bytes, twin.is_run
+                )
+            )
 
     def hold(self, req: Req, state: RequestState, twin: Twin, rows: list[int] | None = None) -> None:
         """``state`` reads ``twin`` from now on; its lock is the caller's to take."""
@@ -280,7 +298,7 @@ class TwinRadixCache(UnifiedRadixCache):
         same = self.twins.same(run)
         if same is None:
             self.free_kv_row(kv, [(kv.cache_protected_len, start)])
-            self.keep(run, req.priority or 0)
+            self.keep(run, req)
             kv.cache_protected_len = end
         return Hit(same or run, end)
 
@@ -329,16 +347,37 @@ class TwinRadixCache(UnifiedRadixCache):
                 if not piece.lasting:
                     self._drop(piece)
             self._limit()
+        if self.watchers and state.row is not None:
+            self.watchers.tell(self._released(req, state))
         self.requests.release_row(state)
         if req.finished():  # else it is prefilled again
             self.requests.drop_draft(state)
+
+    def _released(self, req: Req, state: RequestState) -> events.Released:
+        alone = state.twin is None
+        slots = req.kv.kv_allocated_len if alone else state.last_slots
+        outcome = "finished" if req.finished() else "retracted"
+        if isinstance(req.finished_reason, FINISH_ABORT):
+            outcome = "aborted"
+        return events.Released(
+            rid=req.rid,
+            policy=NONE if alone else state.asked.policy.name,
+            reason=state.why_left_alone(req.retraction_count).code if alone else "",
+            outcome=outcome,
+            prefix=state.prefix_kind,
+            prompt_tokens=state.asked.end,
+            output_tokens=len(req.output_ids),
+            bytes=slots * self.pool.slot_bytes,
+        )
 
     # ---- Eviction ----
 
     def _evict_device_leaf(self, node_id: int, tracker: dict[ComponentType, int]):
         """Every leaf that makes room passes here."""
         backup = super()._evict_device_leaf(node_id, tracker)
-        self.twins.remove(node_id)
+        twin = self.twins.remove(node_id)
+        if self.watchers and twin is not None and twin.lasting:
+            self.watchers.tell(events.TwinEvicted(node_id, len(twin.slots) * self.pool.slot_bytes))
         return backup
 
     def _evict(self, params: EvictParams, *args, **kwargs) -> EvictResult:

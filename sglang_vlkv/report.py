@@ -6,10 +6,8 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-import torch
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from sglang_vlkv.base import Modality
 from sglang_vlkv.config import NONE
 from sglang_vlkv.radix import TwinRadixCache
 from sglang_vlkv.requests import RequestState
@@ -38,10 +36,9 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "retractions": req.retraction_count,
     }
     if state.twin is None:
-        early = "finished at its first token" + " after a retraction" * bool(req.retraction_count)
-        return report | {"reason": state.asked.left_alone or early}
+        return report | {"reason": str(state.why_left_alone(req.retraction_count))}
     policy = state.asked.policy
-    kept = _kept(state)
+    kept = state.rows_of_prompt()
     if state.rows_lost:
         report["prefix"]["rows_lost"] = state.rows_lost
     report |= {
@@ -52,11 +49,7 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "draft_rows": state.draft_rows,
         "sparsity_per_layer": state.twin.sparsity,
         "kept_per_layer": [layer.shape[1] for layer in kept],
-        "kept_per_modality": {
-            modality.name.lower(): sum(int((prompt.tags[layer] == modality).sum()) for layer in kept)
-            for modality in Modality
-            if (prompt.tags == modality).any()
-        },
+        "kept_per_modality": prompt.per_modality(kept),
         "kept_bytes": state.kept_slots * pool.slot_bytes,
         "full_bytes": prompt.num_tokens * pool.slot_bytes,
         "last_bytes": state.last_slots * pool.slot_bytes,
@@ -64,13 +57,6 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
     if (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS:
         report[POSITIONS] = [layer.tolist() for layer in kept]
     return report
-
-
-def _kept(state: RequestState) -> list[torch.Tensor]:
-    """Per layer, the prompt positions of all rows that stand for the prompt, ``[Hkv, rows]``; those
-    of a new turn that was not compacted among them."""
-    own = torch.arange(min(state.first_own, state.asked.end), state.asked.end)
-    return [torch.cat([layer, own.expand(len(layer), -1)], dim=1) for layer in state.kept]
 
 
 class ReportingOutputStreamer(SchedulerOutputStreamer):

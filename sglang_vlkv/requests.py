@@ -21,6 +21,21 @@ from sglang_vlkv.twins import Hit, Twin
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
+class Reason(str):
+    """Why a prompt is left alone, in words; empty where it is compacted.
+
+    Attributes:
+        code: the same without numbers, one of a few.
+    """
+
+    code: str
+
+    def __new__(cls, code: str = "", words: str = "") -> Reason:
+        reason = super().__new__(cls, words)
+        reason.code = code
+        return reason
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will happen to a request's prompt, or to what a twin does not cover of it.
@@ -37,7 +52,7 @@ class Plan:
 
     prompt: Prompt
     policy: Policy | None = None
-    left_alone: str = ""
+    left_alone: Reason = Reason()
     num_voting: int = 0
     max_slots: int = 0
     writes_draft: str = ""
@@ -102,6 +117,7 @@ class RequestState:
         evicted: sequence position before which the slots of sliding rows have been given back.
         last_slots: pool slots that held its rows when it was released, outputs among them.
         skips_insert: the request's own ``skip_radix_cache_insert`` before ``cells`` set it.
+        deferred: it had to wait while room was reserved for kept rows.
     """
 
     asked: Plan
@@ -131,6 +147,18 @@ class RequestState:
     evicted: int = 0
     last_slots: int = 0
     skips_insert: bool = False
+    deferred: bool = False
+
+    def rows_of_prompt(self) -> list[torch.Tensor]:
+        """Per layer, the prompt positions of all rows that stand for the prompt, ``[Hkv, rows]``; those
+        of a new turn that was not compacted among them."""
+        own = torch.arange(min(self.first_own, self.asked.end), self.asked.end)
+        return [torch.cat([layer, own.expand(len(layer), -1)], dim=1) for layer in self.kept]
+
+    def why_left_alone(self, retractions: int) -> Reason:
+        """For a request that ended without kept rows, after so many ``retractions``."""
+        words = "finished at its first token" + " after a retraction" * bool(retractions)
+        return self.asked.left_alone or Reason("first_token", words)
 
 
 class Requests:

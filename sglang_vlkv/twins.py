@@ -241,11 +241,11 @@ class Twins:
         self.num_slots += len(twin.slots)
         self.exact_is_there(twin)
 
-    def remove(self, node: int) -> None:
-        """The tree has given the slots at ``node`` back; other nodes are ignored."""
+    def remove(self, node: int) -> Twin | None:
+        """The tree has given the slots at ``node`` back: those of the twin returned, if any."""
         twin = self._by_node.pop(node, None)
         if twin is None:
-            return
+            return None
         for index, key in self._entries(twin):
             del index[key][twin]
             if not index[key]:
@@ -255,6 +255,7 @@ class Twins:
         self.num_slots -= len(twin.slots)
         self.exact_is_gone(twin)
         self.evictions += twin.lasting
+        return twin
 
     def _entries(self, twin: Twin) -> list[tuple[dict, object]]:
         """Where it is listed: under the blocks that it stands for part of, since only a path that

@@ -20,6 +20,7 @@ BELOW = {
     "policies": {"base", "budgets", "kernels", "policies"},
     "twins": set(),
     "device_rows": {"kernels"},
+    "events": set(),
     "requests": {"base", "twins", "device_rows"},
     "config": {"base", "policies"},
 }
