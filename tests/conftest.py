@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 from tests.equality import largest_deviation
 from tests.prefork import Prefork
 from tests.prompts import draw_prompt
-from tests.serving import ROOT, TRAINED, Server, environment, install_entry_point
+from tests.serving import ROOT, TRAINED, Server, environment
 
 POOL = ("--max-total-tokens", "24000")
 
@@ -57,10 +60,12 @@ def vlcache():
 
 @pytest.fixture(scope="session")
 def any_policy(tmp_path_factory):
-    """Stays out of the way unless a request asks for a policy; knows the one in examples/policy."""
-    example, installed = ROOT / "examples" / "policy", tmp_path_factory.mktemp("installed")
-    install_entry_point(installed, "sglang_vlkv.policies", "knorm", "knorm:KNorm")
-    env = {"PYTHONPATH": f"{installed}:{example}"}
+    """Stays out of the way unless a request asks for a policy; examples/policy is installed beside it."""
+    source, installed = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    shutil.copytree(ROOT / "examples" / "policy", source, dirs_exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(installed), str(source)], check=True, timeout=300)
+    env = {"PYTHONPATH": str(installed)}
     allow = '{"allow_override": true}'
     with Server(*POOL, "--kv-policy", "none", "--kv-policy-config", allow, env=env) as server:
         yield server
