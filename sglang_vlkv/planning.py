@@ -56,7 +56,7 @@ class Planner:
         SGLang replaces an item's placeholders by ids of the item's own, which say where it is also
         where its spans are not stated (LLaVA) or no longer true (a session that cut its history).
         """
-        ids = torch.tensor(req.origin_input_ids, dtype=torch.int64)
+        ids = torch.frombuffer(req.origin_input_ids, dtype=torch.int64)
         tags = torch.full_like(ids, Modality.TEXT, dtype=torch.uint8)
         tags[torch.isin(ids, self._special)] = Modality.SYSTEM
         for item in _items(req):

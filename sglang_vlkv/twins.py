@@ -133,9 +133,10 @@ class Twin:
             theirs = tokens[start : start + len(mine)]
             if mine != theirs:
                 length = min(len(mine), len(theirs))
-                pair = (torch.tensor(stretch[:length], dtype=torch.int64) for stretch in (mine, theirs))
-                differing = torch.ne(*pair).nonzero()
-                return start + (int(differing[0]) if len(differing) else length)
+                if mine[:length] == theirs[:length]:
+                    return start + length
+                pair = (torch.frombuffer(stretch[:length], dtype=torch.int64) for stretch in (mine, theirs))
+                return start + int(torch.ne(*pair).nonzero()[0])
         return self.end
 
 
