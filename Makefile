@@ -21,7 +21,7 @@ test: $(READY)
 	@which chromium chromedriver > /dev/null || { apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends chromium chromium-driver; } || \
 	  echo "No browser: its tests are skipped. Install the packages chromium and chromium-driver."
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadgroup
 
 bench: $(READY)
 	.venv/bin/python -m benchmarks.decode_cpu

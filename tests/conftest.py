@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -17,6 +18,24 @@ from tests.prompts import draw_prompt
 from tests.serving import ROOT, TRAINED, Server, environment
 
 POOL = ("--max-total-tokens", "24000")
+
+
+def pytest_collection_modifyitems(items):
+    """Under pytest-xdist: one worker holds the servers that modules share, and a module with servers of
+    its own stays in one piece; everything else goes wherever there is room."""
+    shared = {"stock", "vlcache", "any_policy", "fleet"}
+    modules = defaultdict(list)
+    for item in items:
+        modules[item.module].append(item)
+    for module, of_module in modules.items():
+        if any(shared.intersection(item.fixturenames) for item in of_module):
+            group = "shared servers"
+        elif hasattr(module, "Server") or any("trained" in item.fixturenames for item in of_module):
+            group = module.__name__
+        else:
+            continue
+        for item in of_module:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
