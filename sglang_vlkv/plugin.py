@@ -8,9 +8,9 @@ it runs what was registered.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import pkgutil
+from functools import cache
 from importlib.metadata import version
 from typing import Callable, NamedTuple
 
@@ -286,10 +286,10 @@ def hooks_missing() -> list[str]:
 
 def _lazy(ours: str) -> Callable:
     """Calls ``module:name``, importing the module at the first call."""
-    module, name = ours.split(":")
+    resolve = cache(lambda: pkgutil.resolve_name(ours))
 
     def call(*args, **kwargs):
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+        return resolve()(*args, **kwargs)
 
-    call.__name__ = call.__qualname__ = name
+    call.__name__ = call.__qualname__ = ours.split(":")[1]
     return call
