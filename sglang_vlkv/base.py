@@ -7,6 +7,7 @@ function, :func:`num_tokens`, turns a ratio into a count.
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from functools import cached_property
@@ -404,7 +405,16 @@ class Policy:
 def require(ok: bool, option: str, value: object, allowed: str) -> None:
     """Raises ValueError naming ``option``, what it is and what it must be, unless ``ok``."""
     if not ok:
-        raise ValueError(f"{option} is {value!r}; it must be {allowed}")
+        raise ValueError(f"{option} is {shortened(value)}; it must be {allowed}")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
+def shortened(value: object) -> str:
+    """Its ``repr`` for an error message: cut where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 def is_number(value: object) -> bool:

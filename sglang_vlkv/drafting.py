@@ -29,15 +29,8 @@ def draft_of(custom_params: dict | None) -> Draft:
     return Draft(*(str(custom.get(key, "")) for key in (WRITES, READS)))
 
 
-def generate(original, manager, obj, request=None):
-    """Around ``TokenizerManager.generate_request``, an asynchronous generator."""
-    settings = config.settings_of(manager.server_args)
-    if settings is None:
-        return original(manager, obj, request)
-    return _draft_first(original, manager, obj, request, settings)
-
-
-async def _draft_first(original, manager, obj, request, settings):
+async def generate(original, manager, obj, request, settings):
+    """``TokenizerManager.generate_request``, behind a draft where the request's policy wants one."""
     params = getattr(obj, "sampling_params", None) or {}
     batch = params if isinstance(params, list) else [params]
     customs = [(one or {}).get("custom_params") or {} for one in batch]

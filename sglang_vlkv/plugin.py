@@ -96,19 +96,56 @@ HOOKS = (
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", AROUND,
-        "sglang_vlkv.drafting:generate", ("self", "obj", "request"),
-        "a draft of our own goes before a request whose policy wants one",
+        "sglang_vlkv.frontend:generate", ("self", "obj", "request"),
+        "a draft of our own goes before a request whose policy wants one; the store keeps reports",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info", AROUND,
         "sglang_vlkv.frontend:receive_report",
         ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
-        "meta_info holds the report as an object; the store keeps it",
+        "meta_info holds the report as an object",
     ),
     Hook(
         "sglang.srt.entrypoints.http_server._setup_and_run_http_server", BEFORE,
-        "sglang_vlkv.frontend:add_routes", ("server_args",),
+        "sglang_vlkv.routes:add", ("server_args",),
         "GET /kv_policy/requests/{id} and /kv_policy/twins",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server.serve_generate_request", AROUND,
+        "sglang_vlkv.frontend:serve_generate", ("obj", "request"),
+        "bad custom_params are an HTTP 400 also for a stream; the response says where its report is",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat.handle_request", AROUND,
+        "sglang_vlkv.frontend:serve_openai", ("self", "request", "raw_request"),
+        "the response says where its report is",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion.handle_request",
+        AROUND,
+        "sglang_vlkv.frontend:serve_openai", ("self", "request", "raw_request"),
+        "the response says where its report is",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
+        AROUND,
+        "sglang_vlkv.frontend:serve_responses", ("self", "request", "raw_request"),
+        "takes the custom_params that the model of the body drops",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_messages", AROUND,
+        "sglang_vlkv.frontend:serve_anthropic", ("self", "request", "raw_request"),
+        "takes the custom_params that the model of the body drops",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.ollama.serving.OllamaServing.handle_chat", AROUND,
+        "sglang_vlkv.frontend:serve_ollama", ("self", "request", "raw_request"),
+        "takes the custom_params in options",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.ollama.serving.OllamaServing.handle_generate", AROUND,
+        "sglang_vlkv.frontend:serve_ollama", ("self", "request", "raw_request"),
+        "takes the custom_params in options",
     ),
 )
 
@@ -215,8 +252,19 @@ USES = {
     "sglang.srt.managers.scheduler_components.output_streamer": {
         "SchedulerOutputStreamer.build_additional_customized_info": "self reqs",
     },
+    "sglang.srt.entrypoints.http_server": {
+        "app": "",
+        "get_global_state": "",
+    },
     "sglang.srt.entrypoints.engine": {
         "Engine.server_args_class": "",
+    },
+    "sglang.lang.backend.runtime_endpoint": {
+        "RuntimeEndpoint.generate": "self s sampling_params",
+        "RuntimeEndpoint.generate_stream": "self s sampling_params",
+    },
+    "sglang.lang.ir": {
+        "SglSamplingParams.to_srt_kwargs": "self",
     },
 }
 

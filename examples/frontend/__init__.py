@@ -10,8 +10,8 @@ batch       one program over many pictures at once
 ==========  ========================================================================
 
 Nothing in a program says that the cache is compressed: the server does it, and
-``state.get_meta_info(name)["kv_policy"]`` reports on every ``sgl.gen``. How a program chooses its policy
-is in ``backend``.
+``state.get_meta_info(name)["kv_policy"]`` reports on every ``sgl.gen``. A program chooses its policy through
+its backend (``sglang_vlkv.language``): ``program.run(..., backend=server.asking(kv_policy="h2o"))``.
 
 Of SGLang 0.5.23's ``RuntimeEndpoint``, with any server:
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import urllib.error
-from dataclasses import dataclass
 from pathlib import Path
 
 import sglang as sgl
@@ -17,7 +16,8 @@ from sglang.lang.chat_template import (
     register_chat_template_matching_function,
 )
 from sglang.lang.interpreter import ProgramState
-from sglang.lang.ir import SglSamplingParams
+
+from sglang_vlkv.language import Endpoint
 
 PICTURE = Path(__file__).parents[1] / "digits.png"
 
@@ -33,42 +33,6 @@ register_chat_template(
     )
 )
 register_chat_template_matching_function(lambda path: "tinyvlm" if "tinyvlm" in path else None)
-
-
-@dataclass
-class _Chosen(SglSamplingParams):
-    custom_params: dict | None = None
-
-    def to_srt_kwargs(self) -> dict:
-        return super().to_srt_kwargs() | {"custom_params": self.custom_params}
-
-
-class Endpoint(sgl.RuntimeEndpoint):
-    """A server whose policy this backend's programs choose.
-
-    ``sgl.gen`` and ``run`` take no ``custom_params``, so a backend has to add them: one per choice,
-    ``program.run(..., backend=Endpoint(url, {"kv_policy": "h2o", "kv_budget": 0.2}))``. The server
-    must allow it (``allow_override``). ``sgl.select`` is left out: it never decodes, so no policy
-    touches it.
-
-    Args:
-        url: of the server.
-        custom_params: what every ``sgl.gen`` asks for; without it, the server's own policy.
-        options: of ``sgl.RuntimeEndpoint``.
-    """
-
-    def __init__(self, url: str, custom_params: dict | None = None, **options) -> None:
-        super().__init__(url, **options)
-        self.custom_params = custom_params
-
-    def generate(self, s, sampling_params: SglSamplingParams):
-        return super().generate(s, self._chosen(sampling_params))
-
-    def generate_stream(self, s, sampling_params: SglSamplingParams):
-        return super().generate_stream(s, self._chosen(sampling_params))
-
-    def _chosen(self, params: SglSamplingParams) -> SglSamplingParams:
-        return _Chosen(**vars(params), custom_params=self.custom_params) if self.custom_params else params
 
 
 def connect(description: str, **defaults) -> argparse.Namespace:
