@@ -110,7 +110,8 @@ class ReportStore:
                 any the response has a request of its own.
         """
         key = request_ids[0] if request_ids else response_id
-        earlier = self._drop(key)
+        earlier = self._entries.pop(key, None)
+        self._weight -= earlier.weight if earlier else 0
         reports, ids = (earlier.reports, earlier.ids) if earlier and request_ids else ({}, set())
         numbers = sum(len(head) for layer in report.get(POSITIONS, ()) for head in layer)
         letters = len(report.get("config", "")) + len(response_id) + sum(map(len, request_ids))
@@ -141,13 +142,9 @@ class ReportStore:
             key, entry = next(iter(self._entries.items()))
             if entry.written >= oldest and self._weight <= self._max_reports:
                 break
-            self._drop(key)
-
-    def _drop(self, key: str) -> _Entry | None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
+            del self._entries[key]
             self._weight -= entry.weight
             for name in entry.ids:
-                if self._found.get(name, ("",))[0] == key:  # else a later request took the id
+                if self._found.get(name, ("", 0))[0] == key:  # else another request took the id
                     del self._found[name]
-        return entry
+

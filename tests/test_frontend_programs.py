@@ -13,6 +13,7 @@ import sglang as sgl
 from examples.frontend.backend import PICTURE, Endpoint
 from examples.frontend.choose import choose
 from examples.frontend.converse import converse
+from sglang_vlkv.language import ask
 from sglang_vlkv.tinyvlm import tasks
 
 DIGITS = {"blue": 6, "brown": 7, "cyan": 1, "green": 7, "yellow": 8, "orange": 2, "teal": 0, "pink": 6}
@@ -74,6 +75,30 @@ def test_a_backend_chooses_the_policy(trained, run):
     states = [converse.run(str(PICTURE), ["which digit is blue?"], backend=backend) for backend in backends]
     seen = [state.get_meta_info("answer 0")["kv_policy"] for state in states]
     assert [(report["policy"], report["budget"]) for report in seen] == [("vlkv", 0.1), ("h2o", 0.3)]
+
+
+@sgl.function
+def change(s, picture):
+    s += sgl.user(sgl.image(picture) + "list all")
+    s += sgl.assistant(sgl.gen("first", max_tokens=8))
+    ask(s, kv_policy="h2o")
+    s += sgl.user("which digit is blue?")
+    s += sgl.assistant(sgl.gen("second", max_tokens=8))
+    [fork] = s.fork(1)
+    ask(fork)
+    fork += sgl.user("which digit is cyan?")
+    fork += sgl.assistant(sgl.gen("third", max_tokens=8))
+    s["third"] = fork.get_meta_info("third")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_program_changes_what_it_asks_for(trained, stream):
+    server = Endpoint(trained.url)
+    state = change.run(str(PICTURE), backend=server.asking(kv_policy="snapkv"), temperature=0, stream=stream)
+    state.sync()
+    infos = [state.get_meta_info("first"), state.get_meta_info("second"), state["third"]]
+    assert [info["kv_policy"]["policy"] for info in infos] == ["snapkv", "h2o", "vlkv"]
+    assert server.custom_params is None
 
 
 def test_a_refused_choice_is_an_error(run):

@@ -251,6 +251,42 @@ def test_a_thousand_positions_count_as_one_more_report(clock):
     assert store.get("large") is None and store.get("next") is not None
 
 
+def test_the_choices_of_a_request_lie_together(clock):
+    store = report.ReportStore(max_age=10, max_reports=3)
+    store.put("third", {"choice": 2}, ("request", "mine"), 2)
+    clock.now += 9
+    assert store.get("request") is store.get("first") is store.choices("first") is None
+    store.put("first", {"choice": 0}, ("request", "mine"), 0)
+    clock.now += 9
+    for name in ("request", "mine", "first", "third"):
+        assert store.choices(name) == [{"choice": 0}, None, {"choice": 2}]
+    assert [store.get(name)["choice"] for name in ("request", "mine", "first", "third")] == [0, 0, 0, 2]
+    store.put("one", {})
+    assert store.choices("one") == [{}]
+    store.put("another", {})
+    assert store.choices("request") is store.get("third") is None, "four reports are one too many"
+
+
+def test_an_id_leads_to_the_newest_request_that_took_it(clock):
+    store = report.ReportStore(max_age=10)
+    store.put("a", {"request": 1}, ("one", "mine"))
+    store.put("b", {"request": 2}, ("two", "mine"))
+    assert store.get("mine") == {"request": 2} and store.get("a") == {"request": 1}
+    clock.now += 6
+    store.put("c", {"request": 1}, ("one", "mine"), 1)
+    clock.now += 6
+    assert store.get("two") is None and store.get("mine") == {"request": 1}
+    clock.now += 6
+    assert store.get("mine") is None and not store._found
+
+
+def test_long_ids_count(clock):
+    store = report.ReportStore(max_age=10, max_reports=5)
+    store.put("small", {})
+    store.put("x" * 40_000, {})
+    assert store.get("small") is None
+
+
 def test_a_report_that_is_put_again_is_the_newest(clock):
     store = report.ReportStore(max_age=10, max_reports=2)
     store.put("a", {"try": 1})
