@@ -11,6 +11,7 @@ from sglang_vlkv.report import KEY, OPTION, POSITIONS
 
 FIELD = "custom_params"
 _KEYS = (*config.REQUEST_KEYS, OPTION)
+_DEEPEST = 32  # SGLang pickles custom_params on their way to the scheduler, and pickle recurses
 _TAKEN = "kv_policy_custom_params"  # in an HTTP request's state: what its endpoint's own model drops
 
 
@@ -27,6 +28,8 @@ def check(custom: object, server_args) -> None:
         raise ValueError(f"{words}; the only value it takes is {POSITIONS!r}")
     settings = config.settings_of(server_args)
     if settings is not None:
+        if _depth(custom) > _DEEPEST:
+            raise ValueError(f"{FIELD} is nested deeper than {_DEEPEST} levels")
         settings.for_request(custom)
     elif asked := [key for key in custom if key in config.REQUEST_KEYS]:
         raise ValueError(
@@ -34,6 +37,15 @@ def check(custom: object, server_args) -> None:
             "out, or start the server with --kv-policy and --kv-policy-config "
             '\'{"allow_override": true}\'.'
         )
+
+
+def _depth(value: object) -> int:
+    """Levels of objects and lists in a JSON value."""
+    depth, level = 0, [value]
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        level = [child for one in level for child in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+    return depth
 
 
 def validate_request(_result, manager, obj, _input_ids) -> None:
@@ -112,7 +124,7 @@ def generate(original, manager, obj, request=None):
     settings = config.settings_of(manager.server_args)
     if settings is None:
         return original(manager, obj, request)
-    if custom := request and getattr(request.state, _TAKEN, None):
+    if custom := routes.recall(request, _TAKEN):
         params = obj.sampling_params or {}
         obj.sampling_params = params | {FIELD: custom | (params.get(FIELD) or {})}
     ids = routes.ids_of(obj, request)

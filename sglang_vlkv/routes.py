@@ -22,9 +22,14 @@ def name(request, server_args) -> None:
         setattr(request.state, _NAME, uuid.uuid4().hex)
 
 
+def recall(request, key: str):
+    """What the state of an HTTP request holds; None without one, as in an Engine."""
+    return getattr(getattr(request, "state", None), key, None)
+
+
 def ids_of(obj, request) -> tuple[str, ...]:
     """Ids that lead to the reports of all of a request's choices: its own, and its client's."""
-    own = request and getattr(request.state, _NAME, None)
+    own = recall(request, _NAME)
     return tuple(name for name in (own, obj.rid) if isinstance(name, str)) if own else ()
 
 

@@ -140,6 +140,7 @@ def test_an_endpoint_refuses_before_it_answers(any_policy, endpoint, stream):
         ({"kv_budgets": 1}, ["custom_params.kv_budgets", "kv_budget"]),
         ({"kv_report": "all"}, ["custom_params.kv_report", "'all'", "'positions'"]),
         ("snapkv", ["custom_params"]),
+        ({"mine": json.loads("[" * 600 + "]" * 600)}, ["custom_params is nested deeper"]),
     ]:
         answer = endpoint.ask(any_policy, custom, stream)
         assert answer.status_code == 400, answer.text

@@ -12,6 +12,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
+import orjson
 import requests
 
 from sglang_vlkv import config
@@ -87,6 +88,15 @@ def draw(rng: random.Random):
     return budget | {"kv_policy": name, "kv_policy_config": plausible(rng, name)}
 
 
+def is_json(value: object) -> bool:
+    """Whether the server's parser reads it: no NaN, no infinity, no number beyond 64 bits."""
+    try:
+        orjson.loads(json.dumps(value))
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
 def test_settings_take_it_or_say_why_not():
     """Straight into what reads ``custom_params``: far more of them than a server could be asked."""
     rng = random.Random(1)
@@ -117,17 +127,18 @@ def test_any_body_is_served_or_refused_and_nobody_else_notices(any_policy, toler
     def ask(way, custom) -> tuple[int, str]:
         endpoint, stream = way
         body = endpoint.body(prompt, custom) | ({"stream": stream} if endpoint.streams else {})
-        answer = requests.post(
-            any_policy.url + endpoint.path, json.dumps(body), timeout=60,
-            headers={"Content-Type": "application/json"},
-        )  # fmt: skip
+        url, headers = any_policy.url + endpoint.path, {"Content-Type": "application/json"}
+        try:
+            answer = requests.post(url, json.dumps(body), headers=headers, timeout=60)
+        except requests.RequestException as error:
+            return 0, repr(error)
         return answer.status_code, answer.text
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda one: ask(*one), bodies))
     for (way, custom), (status, text) in zip(bodies, answers, strict=True):
-        assert status in (200, 400), (way, custom, text[:2000])
-        assert status == 200 or len(text) < 20_000, (way, custom, text[:2000])
+        short = len(text) < 20_000 and ("custom_params" in text or not is_json(custom))
+        assert status == 200 or status == 400 and short, (way, custom, status, text[:2000])
     statuses = [status for status, _ in answers]
     assert min(statuses.count(200), statuses.count(400)) > len(bodies) // 10
     any_policy.flush()  # an idle server only, with nothing in its pool: SGLang's strict checks are on
