@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -46,22 +45,20 @@ def test_a_command_is_served_as_it_asks(any_policy, command):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.splitlines()[0])
-def test_a_program_runs(any_policy, program):
-    code = program.replace(URL, any_policy.url)
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_a_program_runs(any_policy, program, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(compile(program.replace(URL, any_policy.url), "requests.md", "exec"), {})
+    printed = capsys.readouterr().out
     if "sgl.function" in program:
-        assert run.stdout.splitlines() == ["h2o vlkv snapkv"] * 2
+        assert printed.splitlines() == ["h2o vlkv snapkv"] * 2
     else:
-        assert stored(any_policy, run.stdout.strip())["reason"] == "no image or video"
+        assert stored(any_policy, printed.strip())["reason"] == "no image or video"
 
 
 def rows(heading: str) -> list[str]:
     """First cells of the table below a heading."""
     section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"(?m)^\| (.*?) \|", section.split("|---")[1])
+    return re.findall(r"(?m)^\| (.*?) \|", section.split("|---|", 1)[1])
 
 
 def test_the_tables_are_complete(any_policy):
