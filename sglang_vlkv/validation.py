@@ -214,6 +214,12 @@ def _server_refusals(cfg) -> list[Refusal]:
             "reports are kept by the one process that answers requests",
             "Use --tokenizer-worker-num 1",
         ),
+        Refusal(
+            not get_bool_env_var("SGLANG_USE_PICKLE_IPC", "true"),
+            "SGLANG_USE_PICKLE_IPC=0",
+            "a request's options may be objects in objects, which end a scheduler that does not expect them",
+            "Unset SGLANG_USE_PICKLE_IPC",
+        ),
         *(
             Refusal(get_bool_env_var(name), f"{name}=1", why, f"Unset {name}")
             for name, why in {

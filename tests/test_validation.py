@@ -216,6 +216,14 @@ def test_environment_is_refused(name, monkeypatch, known_flags):
     refuse(Arguments(**SERVABLE), model())
 
 
+def test_messages_without_pickle_are_refused(monkeypatch, known_flags):
+    name = "SGLANG_USE_PICKLE_IPC"
+    monkeypatch.setenv(name, "0")
+    assert_helps(refusal(Arguments(**SERVABLE), model()), f"{name}=0", f"Unset {name}", known_flags)
+    monkeypatch.setenv(name, "1")
+    refuse(Arguments(**SERVABLE), model())
+
+
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1000.0)
