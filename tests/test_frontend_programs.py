@@ -95,7 +95,7 @@ def change(s, picture):
 def test_a_program_changes_what_it_asks_for(trained, stream):
     server = Endpoint(trained.url)
     state = change.run(str(PICTURE), backend=server.asking(kv_policy="snapkv"), temperature=0, stream=stream)
-    state.sync()
+    assert "".join(state.text_iter())  # until the program, a thread of its own in a stream, has ended
     infos = [state.get_meta_info("first"), state.get_meta_info("second"), state["third"]]
     assert [info["kv_policy"]["policy"] for info in infos] == ["snapkv", "h2o", "vlkv"]
     assert server.custom_params is None
