@@ -258,14 +258,14 @@ def test_an_id_of_ones_own_may_be_anything(any_policy):
 
 def test_an_unfinished_request_has_no_report_yet(any_policy):
     body = generate(IMAGE, CHOICE) | {"stream": True, "rid": "unfinished"}
-    body["sampling_params"]["max_new_tokens"] = 200
+    body["sampling_params"]["max_new_tokens"] = 100
     with requests.post(any_policy.url + "/generate", json=body, stream=True, timeout=60) as stream:
         lines = (line for line in stream.iter_lines() if line.startswith(b"data: {"))
         assert json.loads(next(lines)[6:])["meta_info"]["finish_reason"] is None
         for name in ("unfinished", stream.headers[HEADER]):
             early = requests.get(f"{any_policy.url}/kv_policy/requests/{name}", timeout=10)
             assert early.status_code == 404 and "not finished" in early.text
-        assert len(list(lines)) > 100
+        assert len(list(lines)) > 50
     assert stored(any_policy, "unfinished")["policy"] == "snapkv"
 
 
