@@ -88,7 +88,9 @@ class Metrics:
         self._left_alone = counter(
             "left_alone_requests_total", "Finished requests whose prompts were left alone.", "reason"
         )
-        self._retractions = counter("retractions_total", "Times that a running request was put back.", "policy")
+        self._retractions = counter(
+            "retractions_total", "Times that a running request was put back.", "policy"
+        )
         self._prefix_tokens = counter(
             "prefix_tokens_total", "Prompt tokens of finished requests that needed no prefill.", "prefix"
         )
