@@ -109,6 +109,7 @@ class Released(NamedTuple):
         reason: why, as a code of :class:`~sglang_vlkv.requests.Reason`; empty where it was compacted.
         outcome: ``finished``, ``aborted`` or ``retracted``.
         prefix: ``cold``, ``exact``, ``twin`` or ``shared``.
+        prefix_tokens: prompt tokens that its last prefill found computed.
         prompt_tokens, output_tokens: of the request so far.
         bytes: of the slots that its rows took at the end.
     """
@@ -118,6 +119,7 @@ class Released(NamedTuple):
     reason: str
     outcome: str
     prefix: str
+    prefix_tokens: int
     prompt_tokens: int
     output_tokens: int
     bytes: int

@@ -187,6 +187,14 @@ USES = {
     "sglang.srt.runtime_context": {
         "get_parallel": "",
     },
+    "sglang.srt.constants": {
+        "HEALTH_CHECK_RID_PREFIX": "",
+    },
+    "sglang.srt.observability.metrics_collector": {
+        "SchedulerMetricsCollector.__init__": "self labels",
+        "SchedulerMetricsCollectorContext.current_scheduler_metrics_enabled": "",
+        "SchedulerMetricsCollectorContext.collector": "",
+    },
     "sglang.srt.layers.rotary_embedding.base": {
         "RotaryEmbedding.__init__": "self head_size rotary_dim is_neox_style",
     },
@@ -239,6 +247,7 @@ USES = {
         "ScheduleBatch.filter_batch": "self keep_indices",
     },
     "sglang.srt.managers.scheduler": {
+        "Scheduler.init_metrics_collector": "self",
         "Scheduler._reqs_finishing_inflight": "self batch",
         "Scheduler._add_request_to_queue": "self req is_retracted",
         "Scheduler._apply_war_barrier": "self",

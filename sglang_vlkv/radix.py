@@ -67,9 +67,10 @@ class TwinRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         super().reset()
-        if self.watchers and len(self.twins):
-            self.watchers.tell(events.Flushed(len(self.twins)))
+        count = len(self.twins)
         self.twins.clear()
+        if self.watchers and count:
+            self.watchers.tell(events.Flushed(count))
         self._pins.clear()
         self._unannounced.clear()
 
@@ -153,7 +154,7 @@ class TwinRadixCache(UnifiedRadixCache):
 
     def _plan_behind(self, req: Req, state: RequestState, hit: Hit) -> Plan:
         if hit.rows is None and hit.twin.end >= len(req.origin_input_ids):
-            reason = Reason("twin", "a twin stands for it")
+            reason = Reason(words="a twin stands for it")
             return replace(state.asked, left_alone=reason, num_voting=0, max_slots=0)
         return self.planner.for_turn(state.asked, hit.covered)
 
@@ -365,6 +366,7 @@ class TwinRadixCache(UnifiedRadixCache):
             reason=state.why_left_alone(req.retraction_count).code if alone else "",
             outcome=outcome,
             prefix=state.prefix_kind,
+            prefix_tokens=state.prefix_tokens,
             prompt_tokens=state.asked.end,
             output_tokens=len(req.output_ids),
             bytes=slots * self.pool.slot_bytes,

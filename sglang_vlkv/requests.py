@@ -18,6 +18,11 @@ from sglang_vlkv.base import LayerScores, Policy, Prompt
 from sglang_vlkv.device_rows import DeviceRows
 from sglang_vlkv.twins import Hit, Twin
 
+PREFIX_KINDS = ("cold", "exact", "twin", "shared")
+REASONS = (
+    "no_visual", "short_prompt", "full_budget", "first_token", "not_in_prompt", "beam_search",
+    "no_rope", "refused",
+)  # fmt: skip
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
@@ -25,12 +30,13 @@ class Reason(str):
     """Why a prompt is left alone, in words; empty where it is compacted.
 
     Attributes:
-        code: the same without numbers, one of a few.
+        code: the same without numbers, of :data:`REASONS`.
     """
 
     code: str
 
     def __new__(cls, code: str = "", words: str = "") -> Reason:
+        assert code in ("", *REASONS), code
         reason = super().__new__(cls, words)
         reason.code = code
         return reason
@@ -90,7 +96,7 @@ class RequestState:
         plan: what happens to the tokens that are computed; ``asked`` where no twin covers any.
         space: which twins it may use.
         row: the ``req_to_token`` row it holds, or None.
-        prefix_kind: where its prefix came from: cold, exact, twin or shared.
+        prefix_kind: where its prefix came from, of :data:`PREFIX_KINDS`.
         prefix_tokens: prompt tokens that its last prefill found computed.
         hit, hit_plan: the twin that its next prefill goes on from, and what follows from that.
         left: where its path ended when its row was released, to go on from after a retraction.

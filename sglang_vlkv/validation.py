@@ -10,6 +10,7 @@ from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.utils.common import get_bool_env_var
 
 from sglang_vlkv.attention import COUNTERPARTS
+from sglang_vlkv.metrics import LABELS
 from sglang_vlkv.radix import BACKEND
 
 
@@ -90,6 +91,7 @@ def _server_refusals(cfg) -> list[Refusal]:
     fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     served = COUNTERPARTS.get(cfg.device, {})
     prefill, decode = (getattr(cfg, field) or cfg.attention_backend for field in fields[1:])
+    taken = sorted(set(LABELS) & set(cfg.extra_metric_labels or {}))
     return [
         Refusal(
             cfg.device not in COUNTERPARTS or torch.version.hip is not None,
@@ -219,6 +221,12 @@ def _server_refusals(cfg) -> list[Refusal]:
             "SGLANG_USE_PICKLE_IPC=0",
             "a request's options may be objects in objects, which end a scheduler that does not expect them",
             "Unset SGLANG_USE_PICKLE_IPC",
+        ),
+        Refusal(
+            bool(taken),
+            f"--extra-metric-labels with {' and '.join(taken)}",
+            "its own metrics have labels of this name",
+            "Name them otherwise",
         ),
         *(
             Refusal(get_bool_env_var(name), f"{name}=1", why, f"Unset {name}")

@@ -110,6 +110,8 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         end_of_turn_ids=set(scheduler.model_config.hf_eos_token_id or ()),
     )
     tree.compactor = Compactor(tree, _rank_sum(scheduler), _forward_barrier(scheduler))
+    if scheduler.metrics_collector_context.current_scheduler_metrics_enabled:
+        tree.watchers.add(_metrics(scheduler, settings))
     if tree.pool.requests.on_device is not None:
         scheduler.tp_worker.model_runner.attn_backend.warm_up()
         graphs = getattr(scheduler.tp_worker.model_runner.decode_cuda_graph_runner, "capture_bs", None)
@@ -121,6 +123,20 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
                 max(graphs),
             )
     logger.info("KV policy armed: %r", settings)
+
+
+def _metrics(scheduler, settings: config.Settings):
+    from sglang_vlkv.metrics import Metrics
+
+    pool, twins = scheduler.tree_cache.pool, scheduler.tree_cache.twins
+    slot_bytes = pool.slot_bytes
+    return Metrics(
+        scheduler.metrics_collector_context.collector.labels,
+        settings.policy.name,
+        pool_bytes=scheduler.token_to_kv_pool_allocator.size * slot_bytes,
+        row_bytes=slot_bytes // (pool.layer_num * pool.head_num),
+        twins=lambda: (len(twins), twins.num_slots * slot_bytes),
+    )
 
 
 def _rank_sum(scheduler):

@@ -104,7 +104,7 @@ TIGHT = ("--schedule-conservativeness", "0.01")
 # By name: slots of the pool, --kv-policy-config beside allow_override, flags, environment.
 FLEET = {
     "prefer": (24000, {"twins": "prefer"}, (), {}),
-    "fallback": (3000, {"twins": "fallback"}, TIGHT, {}),
+    "fallback": (3000, {"twins": "fallback"}, (*TIGHT, "--enable-metrics"), {}),
     "resume": (6000, {"twins": "resume", "max_twins": 0.1}, TIGHT, {"SGLANG_TEST_RETRACT": "1"}),
     "off": (3000, {"twins": "off"}, TIGHT, {}),
     "mixed": (3000, {"twins": "prefer"}, (*TIGHT, "--enable-mixed-chunk", "--chunked-prefill-size", "128"), {}),

@@ -60,13 +60,14 @@ def twins(server: Server) -> dict:
     return server._checked(requests.get(server.url + "/kv_policy/twins", timeout=60))
 
 
-def evict_exact_kv(server: Server, pool: int) -> None:
+def evict_exact_kv(server: Server, pool: int) -> dict:
     """Everything but twins leaves a pool of ``pool`` slots: a text-only request needs all the rest.
 
-    Its own KV stays out of the tree, so that the next request finds the pool free.
+    Its own KV stays out of the tree, so that the next request finds the pool free. Returns its answer.
     """
     # SGLang keeps the KV of a request that names this host, its own dummy, out of the tree.
     length = pool - twins(server)["slots"] - 8
     text = words(random.Random(pool), length)[:length]
     params = {"max_new_tokens": 1, "temperature": 0.0}
-    server.many([{"text": text, "sampling_params": params, "bootstrap_host": "2.2.2.2"}])
+    [answer] = server.many([{"text": text, "sampling_params": params, "bootstrap_host": "2.2.2.2"}])
+    return answer

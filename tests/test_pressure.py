@@ -15,6 +15,7 @@ import requests
 from sglang_vlkv.policies import policies
 from tests.equality import alike
 from tests.prompts import Prompt, draw_prompt, picture, words
+from tests.scrape import Scrape
 from tests.serving import POSITIONS, Server, install_entry_point, report
 
 VLCACHE = ("--kv-policy", "vlcache")
@@ -259,11 +260,12 @@ def test_without_room_for_its_rows_a_request_is_prefilled_again(tmp_path):
     prompts = [draw_prompt(seed, kind) for seed in (20, 21) for kind in ("image", "images")]
     prompts.append(draw_prompt(0, "video"))
     env = plugin(tmp_path, "probe", PROBE)
-    with Server("--max-total-tokens", "12000", *VLCACHE, env=env) as server:
+    with Server("--max-total-tokens", "12000", *VLCACHE, "--enable-metrics", env=env) as server:
         undisturbed = server.many([prompt.body(16, rid=f"a{i}") for i, prompt in enumerate(prompts)])
         server.flush()
         bodies = [prompt.body(16, rid=f"homeless{i}") for i, prompt in enumerate(prompts)]
         answers = server.many(bodies)
+        exported = Scrape(server)
         assert_sound(server)
         tags = [json.loads(line) for line in re.findall(r"TAGS (.*)", server.log())]
     assert all(report(answer)["retractions"] == 1 for answer in answers)
@@ -272,6 +274,9 @@ def test_without_room_for_its_rows_a_request_is_prefilled_again(tmp_path):
         assert one["output_ids"] == other["output_ids"]
         assert report(one)["kept_per_layer"] == report(other)["kept_per_layer"]
     assert "No room for the kept rows" in server.log()
+    assert exported("sglang_vlkv_no_room_requests_total") == len(prompts)
+    assert exported("sglang_vlkv_retractions_total", policy="none") == len(prompts)
+    assert exported("sglang_vlkv_compactions_total") == 2 * len(prompts)
     assert len(tags) >= 2 * len(prompts) and all(equal for equal, _ in tags)
     text, image, video, system = 0, 1, 2, 4
     assert sorted({tuple(kinds) for _, kinds in tags}) == [(text, image, system), (text, video, system)]

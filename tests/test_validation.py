@@ -70,6 +70,7 @@ SERVERS = [
     (dict(disaggregation_mode="prefill"), "--disaggregation-mode prefill", "Drop --disaggregation-mode"),
     (dict(disaggregation_mode="decode"), "--disaggregation-mode decode", "Drop --disaggregation-mode"),
     (dict(pp_size=2), "--pp-size 2", "Use --tp-size"),
+    (dict(extra_metric_labels={"policy": "x"}), "--extra-metric-labels with policy", "Name them otherwise"),
     (dict(tp_size=4), "--tp-size 4", "Use --tp-size 2 or less"),
     (dict(attn_cp_size=2), "context parallelism", "Use --tp-size"),
     (dict(dcp_size=2), "context parallelism", "Use --tp-size"),
