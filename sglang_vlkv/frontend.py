@@ -63,7 +63,7 @@ def add_routes(*args, **kwargs) -> None:
         counts = [state["kv_policy"] for state in states if "kv_policy" in state]
         if not counts:
             raise HTTPException(404, "This server runs without a KV policy.")
-        return {name: sum(count[name] for count in counts) for name in counts[0]}
+        return {name: sum(count[name] for count in counts) for name in counts[0] if name != "ranks"}
 
     @app.get("/kv_policy/requests/{response_id}")
     async def kv_policy_report(response_id: str):

@@ -215,6 +215,9 @@ USES = {
     "sglang.srt.managers.scheduler_components.output_streamer": {
         "SchedulerOutputStreamer.build_additional_customized_info": "self reqs",
     },
+    "sglang.srt.managers.io_struct": {
+        "GenerateReqInput.routed_dp_rank": "",
+    },
     "sglang.srt.entrypoints.engine": {
         "Engine.server_args_class": "",
     },
