@@ -18,7 +18,7 @@ from tests.serving import POSITIONS, Server, install_entry_point, report
 from tests.test_turns import prefix
 
 PICTURES = [draw_prompt(seed, kind) for kind in ("image", "images") for seed in range(10, 13)]
-SMALL_POOL = 3000
+SMALL_POOL = 1600
 TWO_RANKS = ("--tp-size", "2", "--kv-policy", "vlcache")
 BOUND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 MIXED = [
@@ -26,7 +26,7 @@ MIXED = [
     {"kv_policy": "vlcache"},
     {"kv_policy": "h2o", "kv_policy_config": {"decode": "fixed_point"}},
     {"kv_policy": "prefixkv", "kv_policy_config": {"merge": "bucket_mean"}},
-    {"kv_policy": "lookm", "kv_budget": 0.3},
+    {"kv_policy": "lookm"},
     {"kv_policy": "elastic"},
 ]
 
@@ -55,11 +55,9 @@ def test_every_head_keeps_what_one_rank_keeps_for_it(two_ranks, any_policy, tole
         assert [len(heads) for heads in second["positions"]] == [2] * len(second["kept_per_layer"])
         for field in ("kept_bytes", "full_bytes", "budget"):
             assert first[field] == second[field], field
-        kept = {name: 0 for name in second["kept_per_modality"]}
-        assert sum(second["kept_per_modality"].values()) == 2 * sum(second["kept_per_layer"])
-        assert kept.keys() == first["kept_per_modality"].keys()
-        for name, count in first["kept_per_modality"].items():
-            assert abs(second["kept_per_modality"][name] - count) <= 0.02 * count + 1
+        kept = second["kept_per_modality"]
+        assert sum(kept.values()) == 2 * sum(second["kept_per_layer"])
+        assert kept == pytest.approx(first["kept_per_modality"], rel=0.02, abs=1)
         assert "ranks" not in first and second["ranks"]["tp"] == 2
 
 
@@ -84,8 +82,8 @@ def test_a_twin_is_cut_to_the_rows_that_all_ranks_have(two_ranks):
 def test_two_ranks_stay_in_lockstep_under_pressure(two_ranks, any_policy, tolerance):
     """Retractions, evictions, chunks, drafts, merging and sliding rows, in a batch."""
     bodies = [
-        draw_prompt(seed, "image").body(140, custom=MIXED[seed % len(MIXED)] | POSITIONS)
-        for seed in range(500, 518)
+        draw_prompt(seed, "images").body(48, custom=MIXED[seed % len(MIXED)] | {"kv_budget": 0.5, **POSITIONS})
+        for seed in range(500, 512)
     ]
     expected, before = any_policy.many(bodies), ranks(two_ranks)["digest"]
     answers = two_ranks.many(bodies)
@@ -95,7 +93,7 @@ def test_two_ranks_stay_in_lockstep_under_pressure(two_ranks, any_policy, tolera
         if report(pair[1])["policy"] != "elastic"  # a rank's heads share its anchors
         and (not report(pair[1])["retractions"] or prefix(pair[1])["kind"] in ("twin", "shared"))
     ]  # fmt: skip
-    assert len(pairs) >= 10
+    assert len(pairs) >= 6
     for pair in pairs:
         alike(*pair)
         assert report(pair[0])["draft_rows"] == report(pair[1])["draft_rows"]
@@ -163,7 +161,7 @@ def replicas():
 def test_replicas_answer_as_one_server_does(replicas, any_policy, tolerance):
     """Every draft goes to the replica that its request goes to."""
     bodies = [
-        draw_prompt(seed, "image").body(24, custom=MIXED[seed % len(MIXED)] | POSITIONS)
+        draw_prompt(seed, "images").body(24, custom=MIXED[seed % len(MIXED)] | POSITIONS)
         for seed in range(600, 612)
     ]
     expected, answers = any_policy.many(bodies), replicas.many(bodies)
