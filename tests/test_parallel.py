@@ -31,6 +31,15 @@ MIXED = [
 ]
 
 
+def mixed_bodies(first: int, length: int, budget: float = 0.1) -> list[dict]:
+    """Twelve requests, each with pictures of its own."""
+    common = {"kv_budget": budget, **POSITIONS}
+    return [
+        draw_prompt(first + i, "images").body(length, custom=MIXED[i % len(MIXED)] | common)
+        for i in range(12)
+    ]
+
+
 @pytest.fixture(scope="module")
 def two_ranks():
     config = '{"allow_override": true, "twins": "fallback"}'
@@ -81,10 +90,7 @@ def test_a_twin_is_cut_to_the_rows_that_all_ranks_have(two_ranks):
 
 def test_two_ranks_stay_in_lockstep_under_pressure(two_ranks, any_policy, tolerance):
     """Retractions, evictions, chunks, drafts, merging and sliding rows, in a batch."""
-    bodies = [
-        draw_prompt(seed, "images").body(48, custom=MIXED[seed % len(MIXED)] | {"kv_budget": 0.5, **POSITIONS})
-        for seed in range(500, 512)
-    ]
+    bodies = mixed_bodies(500, 48, budget=0.5)
     expected, before = any_policy.many(bodies), ranks(two_ranks)["digest"]
     answers = two_ranks.many(bodies)
     assert sum(report(answer)["retractions"] for answer in answers) > 0
@@ -160,10 +166,7 @@ def replicas():
 
 def test_replicas_answer_as_one_server_does(replicas, any_policy, tolerance):
     """Every draft goes to the replica that its request goes to."""
-    bodies = [
-        draw_prompt(seed, "images").body(24, custom=MIXED[seed % len(MIXED)] | POSITIONS)
-        for seed in range(600, 612)
-    ]
+    bodies = mixed_bodies(600, 24)
     expected, answers = any_policy.many(bodies), replicas.many(bodies)
     assert_same(expected, answers, 10 * tolerance, "two replicas")
     assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
