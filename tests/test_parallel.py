@@ -13,7 +13,7 @@ from sglang_vlkv.ranks import agree, carried
 from tests.conftest import POOL, TIGHT
 from tests.conversation import Conversation, evict_exact_kv, twins
 from tests.equality import alike, assert_same
-from tests.prompts import draw_prompt, picture, words
+from tests.prompts import Prompt, draw_prompt, picture, words
 from tests.serving import POSITIONS, Server, install_entry_point, report
 from tests.test_turns import prefix
 
@@ -32,18 +32,19 @@ MIXED = [
 
 
 def mixed_bodies(first: int, length: int, budget: float = 0.1) -> list[dict]:
-    """Twelve requests, each with pictures of its own."""
-    common = {"kv_budget": budget, **POSITIONS}
-    return [
-        draw_prompt(first + i, "images").body(length, custom=MIXED[i % len(MIXED)] | common)
-        for i in range(12)
-    ]
+    """Twelve requests, each with a picture of its own."""
+    bodies, common = [], {"kv_budget": budget, **POSITIONS}
+    for index, custom in enumerate(MIXED * 2):
+        rng = random.Random(first + index)
+        prompt = Prompt(words(rng, 10), [picture(rng, 28 * rng.randint(16, 18), 28 * 17)])
+        bodies.append(prompt.body(length, custom=custom | common))
+    return bodies
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
     config = '{"allow_override": true, "twins": "fallback"}'
-    flags = ("--kv-policy-config", config, "--chunked-prefill-size", "256", *TIGHT)
+    flags = ("--kv-policy-config", config, "--chunked-prefill-size", "256", *TIGHT, "--sleep-on-idle")
     with Server("--max-total-tokens", str(SMALL_POOL), *TWO_RANKS, *flags, env=BOUND) as server:
         yield server
         assert server.alive(), server.log()[-4000:]
@@ -90,8 +91,8 @@ def test_a_twin_is_cut_to_the_rows_that_all_ranks_have(two_ranks):
 
 def test_two_ranks_stay_in_lockstep_under_pressure(two_ranks, any_policy, tolerance):
     """Retractions, evictions, chunks, drafts, merging and sliding rows, in a batch."""
-    bodies = mixed_bodies(500, 48, budget=0.5)
-    expected, before = any_policy.many(bodies), ranks(two_ranks)["digest"]
+    bodies = mixed_bodies(500, 100, budget=0.5)
+    expected, before = any_policy.many(bodies, workers=4), ranks(two_ranks)["digest"]
     answers = two_ranks.many(bodies)
     assert sum(report(answer)["retractions"] for answer in answers) > 0
     pairs = [
@@ -158,8 +159,8 @@ def test_ranks_agree_on_equal_digests_only(num_ranks):
 
 @pytest.fixture(scope="module")
 def replicas():
-    flags = ("--dp-size", "2", "--kv-policy", "vlcache", "--kv-policy-config", '{"allow_override": true}')
-    with Server(*POOL, *flags, env=BOUND) as server:
+    flags = ("--kv-policy", "vlcache", "--kv-policy-config", '{"allow_override": true}', "--sleep-on-idle")
+    with Server(*POOL, "--dp-size", "2", *flags, env=BOUND) as server:
         yield server
         assert server.alive(), server.log()[-4000:]
 
@@ -167,7 +168,7 @@ def replicas():
 def test_replicas_answer_as_one_server_does(replicas, any_policy, tolerance):
     """Every draft goes to the replica that its request goes to."""
     bodies = mixed_bodies(600, 24)
-    expected, answers = any_policy.many(bodies), replicas.many(bodies)
+    expected, answers = any_policy.many(bodies, workers=4), replicas.many(bodies, workers=8)
     assert_same(expected, answers, 10 * tolerance, "two replicas")
     assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
     for one, other in zip(expected, answers, strict=True):
