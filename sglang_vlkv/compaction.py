@@ -58,7 +58,6 @@ class Compactor:
 
     Args:
         tree: the scheduler's radix cache.
-        sum_over_ranks: adds an int64 tensor over the tensor-parallel ranks, in place or not.
         await_forward: what is issued from here on runs after all forwards issued so far, which may
             still write what is read here, or read what is given back. The host does not wait.
 
@@ -67,17 +66,11 @@ class Compactor:
             they must not be admitted before the next run.
     """
 
-    def __init__(
-        self,
-        tree: TwinRadixCache,
-        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
-        await_forward: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, tree: TwinRadixCache, await_forward: Callable[[], None] = lambda: None) -> None:
         self.resting: list[Req] = []
         self._tree = tree
         self._pool = tree.pool
         self._req_to_token_pool = tree.req_to_token_pool
-        self._sum_over_ranks = sum_over_ranks
         self._await_forward = await_forward
 
     def run(self, scheduler: Scheduler, batch: ScheduleBatch) -> None:
@@ -140,9 +133,10 @@ class Compactor:
                 )
             for layer in range(num_layers):
                 counted += _counted(state.scores[layer])
+        self._note(fresh)
         sizes = [len(numbers) for numbers in counted]
         # The first of two waits for the device: all layers of all requests in one copy.
-        totals = iter(self._sum_over_ranks(torch.cat(counted).cpu()).split(sizes))
+        totals = iter(self._tree.ranks.sum(torch.cat(counted).cpu()).split(sizes))
         selections = []
         for _, state in fresh:
             sums = [(next(totals).tolist(), next(totals)) for _ in range(num_layers)]
@@ -154,6 +148,11 @@ class Compactor:
             plan = state.plan
             selections.append(select(plan.policy, plan.prompt, layers, sparsity, profiles))
         return selections
+
+    def _note(self, fresh: list[tuple[Req, RequestState]]) -> None:
+        allocator = self._tree.token_to_kv_pool_allocator
+        requests = [(req.rid, state.plan.start, state.plan.end) for req, state in fresh]
+        self._tree.ranks.note("compact", requests, allocator.available_size(), self._tree.evictable_size())
 
     def _slide(self, batch: ScheduleBatch) -> None:
         """Gives back the slots of rows that neither the next decode step sees nor, if the request is
@@ -276,6 +275,7 @@ class Compactor:
         state.first_own = n
         state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
         state.scores, state.pending = {}, False
+        tree.ranks.note("kept", req.rid, num_kept, sliding, num_packed, twin.key[-1:].tolist())
         tree.hold(req, state, twin)
         pool.requests.sees(state)
         tree.twins.exact_is_there(twin)

@@ -63,6 +63,9 @@ async def generate(original, manager, obj, request, settings):
         if (response["meta_info"].get("finish_reason") or {}).get("type") == "abort":
             yield response | {"text": "", "output_ids": []}
             return
+    replica = response["meta_info"].get("dp_rank")
+    if replica is not None:  # what the draft has left is there
+        obj.routed_dp_rank = replica
     obj.sampling_params = params | {"custom_params": custom | {READS: name}}
     async for response in original(manager, obj, request):
         yield response

@@ -265,6 +265,9 @@ USES = {
         "app": "",
         "get_global_state": "",
     },
+    "sglang.srt.managers.io_struct": {
+        "GenerateReqInput.routed_dp_rank": "",
+    },
     "sglang.srt.entrypoints.engine": {
         "Engine.server_args_class": "",
     },

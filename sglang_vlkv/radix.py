@@ -27,6 +27,7 @@ from sglang_vlkv.base import Modality
 from sglang_vlkv.config import FALLBACK, NONE, OFF, PREFER, RESUME, Settings
 from sglang_vlkv.planning import Planner
 from sglang_vlkv.pool import CellPool
+from sglang_vlkv.ranks import Ranks
 from sglang_vlkv.requests import Plan, Reason, Requests, RequestState
 from sglang_vlkv.twins import Hit, Slides, Twin, Twins
 
@@ -50,6 +51,7 @@ class TwinRadixCache(UnifiedRadixCache):
         decoding: the requests that decode, and maybe some that have just been released.
         twins: every twin in the tree.
         watchers: are told what happens to kept rows.
+        ranks: the scheduler's, once it stands.
     """
 
     settings: Settings
@@ -61,6 +63,7 @@ class TwinRadixCache(UnifiedRadixCache):
         self.twins = Twins()
         self.watchers = events.Watchers()
         self.decoding = []
+        self.ranks = Ranks()
         self._unannounced: set[int] = set()  # hashes in KV events
         self._pins: dict[Req, tuple[Twin, TreeLock]] = {}  # oldest first
         super().__init__(params)
@@ -68,6 +71,7 @@ class TwinRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         super().reset()
         count = len(self.twins)
+        self.ranks.note("reset")
         self.twins.clear()
         if self.watchers and count:
             self.watchers.tell(events.Flushed(count))
@@ -202,6 +206,7 @@ class TwinRadixCache(UnifiedRadixCache):
                 f"{hit.covered}; please report this as a bug of sglang_vlkv"
             )
         self.unpin(req)
+        hit = self._agreed(hit)
         n, slides = state.asked.end, twin.slides
         state.prefix_kind = "shared" if twin.holders else "twin"
         state.plan, state.pending, state.rows_lost = state.hit_plan, state.hit_plan.compacts, hit.rows_lost
@@ -217,6 +222,7 @@ class TwinRadixCache(UnifiedRadixCache):
             rows = sum(layer.shape[1] for layer in state.kept)
             own = 0 if state.pending else max(0, n - state.first_own)
             state.kept_slots = -(-rows // self.pool.layer_num) + own
+        self.ranks.note("hit", req.rid, hit.covered, hit.rows, twin.key[-1])
         self.hold(req, state, twin, hit.rows)
         self.requests.sees(state)
         self.twins.hits += 1
@@ -224,6 +230,14 @@ class TwinRadixCache(UnifiedRadixCache):
             self.watchers.tell(
                 events.TwinHit(twin.node, req.rid, state.prefix_kind, hit.covered, n, hit.rows_lost)
             )
+
+    def _agreed(self, hit: Hit) -> Hit:
+        """With the rows that the heads of all ranks have, where a shorter common prefix cuts the twin."""
+        if hit.rows is None:
+            return hit
+        rows = self.ranks.least(hit.rows)
+        more = self.pool.head_num * (sum(hit.rows) - sum(rows))
+        return replace(hit, rows=rows, rows_lost=hit.rows_lost + more)
 
     # ---- Twins of live requests ----
 
@@ -377,6 +391,7 @@ class TwinRadixCache(UnifiedRadixCache):
     def _evict_device_leaf(self, node_id: int, tracker: dict[ComponentType, int]):
         """Every leaf that makes room passes here."""
         backup = super()._evict_device_leaf(node_id, tracker)
+        self.ranks.note("evict", node_id)
         twin = self.twins.remove(node_id)
         if self.watchers and twin is not None and twin.lasting:
             self.watchers.tell(events.TwinEvicted(node_id, len(twin.slots) * self.pool.slot_bytes))

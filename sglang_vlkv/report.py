@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from sglang_vlkv.config import NONE
@@ -24,10 +25,13 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
     """The report of a request that ended, as JSON values.
 
     Returns:
-        ``policy`` is "none" with a ``reason`` where the prompt was left alone. Byte counts and
-        ``kept_per_modality`` are this rank's, per-layer lists run over all layers.
+        ``policy`` is "none" with a ``reason`` where the prompt was left alone. Heads and bytes are those
+        of all tensor-parallel ranks, which build the report together: a collective.
+
+    Raises:
+        RuntimeError: the ranks hold different rows.
     """
-    prompt, pool = state.asked.prompt, tree.pool
+    prompt, ranks = state.asked.prompt, tree.ranks
     report = {
         "policy": NONE,
         "prompt_tokens": prompt.num_tokens,
@@ -38,9 +42,11 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
     if state.twin is None:
         return report | {"reason": str(state.why_left_alone(req.retraction_count))}
     policy = state.asked.policy
-    kept = state.rows_of_prompt()
-    if state.rows_lost:
-        report["prefix"]["rows_lost"] = state.rows_lost
+    kept, slot_bytes = state.rows_of_prompt(), tree.pool.slot_bytes * ranks.size
+    own = prompt.per_modality(kept)
+    *rows, rows_lost = ranks.sum(torch.tensor([*own.values(), state.rows_lost])).tolist()
+    if rows_lost:
+        report["prefix"]["rows_lost"] = rows_lost
     report |= {
         "policy": policy.name,
         "budget": policy.budget,
@@ -49,18 +55,18 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "draft_rows": state.draft_rows,
         "sparsity_per_layer": state.twin.sparsity,
         "kept_per_layer": [layer.shape[1] for layer in kept],
-        "kept_per_modality": prompt.per_modality(kept),
-        "kept_bytes": state.kept_slots * pool.slot_bytes,
-        "full_bytes": prompt.num_tokens * pool.slot_bytes,
-        "last_bytes": state.last_slots * pool.slot_bytes,
-    }
+        "kept_per_modality": dict(zip(own, rows, strict=True)),
+        "kept_bytes": state.kept_slots * slot_bytes,
+        "full_bytes": prompt.num_tokens * slot_bytes,
+        "last_bytes": state.last_slots * slot_bytes,
+    } | ranks.describe()
     if (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS:
-        report[POSITIONS] = [layer.tolist() for layer in kept]
+        report[POSITIONS] = [torch.cat(heads).tolist() for heads in zip(*ranks.gather(kept), strict=True)]
     return report
 
 
 class ReportingOutputStreamer(SchedulerOutputStreamer):
-    """Sends the report with a request's last output."""
+    """Sends the report with a request's last output. It runs on every rank; rank 0's is sent."""
 
     has_additional_customized_info = True
 

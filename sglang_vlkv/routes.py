@@ -81,7 +81,7 @@ def add(server_args, *_, **__) -> None:
         counts = [state["kv_policy"] for state in states if "kv_policy" in state]
         if not counts:
             raise HTTPException(404, "This server runs without a KV policy.")
-        return {name: sum(count[name] for count in counts) for name in counts[0]}
+        return {name: sum(count[name] for count in counts) for name in counts[0] if name != "ranks"}
 
     @app.get(
         "/kv_policy/requests/{request_id:path}/choices",

@@ -49,8 +49,7 @@ class Twin:
         num_prompt: prompt tokens of the request that left it.
         cells: per layer, the cells of its rows, ``[rows]`` int32.
         positions: per layer, the path positions of its rows on the host, ascending per KV head,
-            ``[Hkv, rows]`` int32. The ranks' heads differ in them, so they decide nothing that
-            ranks have to agree on.
+            ``[Hkv, rows]`` int32. The ranks' heads differ in them, so what they decide is agreed on.
         slots: its pool slots.
         parent: the piece it stands on; ``parent_rows`` are the rows per layer that it sees of it,
             None for all.
@@ -146,9 +145,10 @@ class Hit:
 
     Attributes:
         covered: tokens of the request's path that need no prefill.
-        rows: of the twin's own rows, how many per layer are usable; None for all.
+        rows: of the twin's own rows, how many per layer are usable, by this rank's KV heads until the
+            ranks have agreed; None for all.
         rows_lost: kept rows of covered tokens that a shorter common prefix cannot use, over all
-            layers and one rank's KV heads. For the report only: ranks differ in it.
+            layers and this rank's KV heads. For the report only: ranks differ in it.
     """
 
     twin: Twin

@@ -74,6 +74,7 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
     from sglang_vlkv.planning import Planner
     from sglang_vlkv.pool import CellPool
     from sglang_vlkv.radix import TwinRadixCache
+    from sglang_vlkv.ranks import Ranks
     from sglang_vlkv.report import ReportingOutputStreamer
 
     tree = scheduler.tree_cache
@@ -109,7 +110,8 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         special_ids=set(tokenizer.all_special_ids) if tokenizer else set(),
         end_of_turn_ids=set(scheduler.model_config.hf_eos_token_id or ()),
     )
-    tree.compactor = Compactor(tree, _rank_sum(scheduler), _forward_barrier(scheduler))
+    tree.ranks = Ranks(scheduler.tp_cpu_group)
+    tree.compactor = Compactor(tree, _forward_barrier(scheduler))
     if scheduler.metrics_collector_context.current_scheduler_metrics_enabled:
         tree.watchers.add(_metrics(scheduler, settings))
     if tree.pool.requests.on_device is not None:
@@ -139,18 +141,6 @@ def _metrics(scheduler, settings: config.Settings):
     )
 
 
-def _rank_sum(scheduler):
-    group = scheduler.tp_cpu_group
-    if torch.distributed.get_world_size(group) == 1:
-        return lambda counts: counts
-
-    def total(counts: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(counts, group=group)
-        return counts
-
-    return total
-
-
 def _forward_barrier(scheduler):
     """Holds the scheduler's stream back until the forward stream has done what it was given."""
     if scheduler.device == "cpu":
@@ -168,7 +158,9 @@ def report_armed(info: dict, scheduler) -> dict:
 def report_twins(output, scheduler, _request):
     """After ``Scheduler.get_internal_state``: also a part of ``/server_info``."""
     if _settings() is not None:
-        output.internal_state["kv_policy"] = scheduler.tree_cache.describe_twins()
+        tree = scheduler.tree_cache
+        tree.ranks.sum(torch.empty(0, dtype=torch.int64))  # every rank is asked, so that all are compared
+        output.internal_state["kv_policy"] = tree.describe_twins() | tree.ranks.describe()
     return output
 
 

@@ -118,8 +118,9 @@ def fork_servers(control: socket.socket) -> list[str]:
         return flags
 
 
-def stand_in(control: socket.socket) -> None:
-    """Waits to be told what an interpreter would be, and is that."""
+def stand_in(control: socket.socket, spawned: int) -> None:
+    """Waits to be told what an interpreter would be, and is that; some spawn others in turn."""
+    leave_stand_ins([0] * spawned)
     (arguments, environment, numbers), files = receive(control)
     control.close()
     move(files, numbers)
@@ -130,16 +131,17 @@ def stand_in(control: socket.socket) -> None:
     exec(arguments[code], {"__name__": "__main__"})
 
 
-def serve(flags: list[str]) -> None:
-    waiting, ranks = [], int(flags[flags.index("--tp-size") + 1]) if "--tp-size" in flags else 1
-    for _ in range(ranks + 1):  # schedulers and a detokenizer
+def leave_stand_ins(spawned: list[int]) -> None:
+    """One for each process that this one will spawn; the numbers say how many those may spawn."""
+    waiting = []
+    for number in spawned:
         ours, theirs = pair()
         pid = os.fork()
         if pid == 0:
             for _, other in waiting:
                 other.close()
             ours.close()
-            return stand_in(theirs)
+            stand_in(theirs, number)
         theirs.close()
         waiting.append((pid, ours))
     spawn = util.spawnv_passfds
@@ -154,6 +156,15 @@ def serve(flags: list[str]) -> None:
         return pid
 
     util.spawnv_passfds = spawn_or_use
+
+
+def serve(flags: list[str]) -> None:
+    def number(flag: str) -> int:
+        return int(flags[flags.index(flag) + 1]) if flag in flags else 1
+
+    ranks, replicas = number("--tp-size"), number("--dp-size")
+    # Schedulers and a detokenizer; replicas have a controller, which spawns the schedulers.
+    leave_stand_ins([0] * (ranks + 1) if replicas == 1 else [ranks * replicas] * 2)
     sys.argv = ["launch_server.py", *flags]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 

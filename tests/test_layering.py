@@ -18,6 +18,7 @@ BELOW = {
     "select": {"base", "kernels"},
     "merging": {"base", "kernels"},
     "policies": {"base", "budgets", "kernels", "policies"},
+    "ranks": set(),
     "twins": set(),
     "device_rows": {"kernels"},
     "events": set(),

@@ -14,7 +14,7 @@ class Random(Policy):
     """Keeps random rows: what a policy must beat.
 
     Attributes:
-        seed: of the noise, which also depends on the layer.
+        seed: of the noise, which also depends on the layer, but not on the tensor-parallel rank.
     """
 
     name = "random"
