@@ -8,7 +8,6 @@ from tests.conftest import POOL
 from tests.equality import assert_same, first_difference
 from tests.hf_reference import reference_budgets, reference_selection
 from tests.prompts import draw_prompt
-from tests.scrape import Scrape
 from tests.serving import POSITIONS, Server, report
 
 PICTURES = [draw_prompt(seed, kind) for kind in ("image", "images") for seed in range(10, 14)]
