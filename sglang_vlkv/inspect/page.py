@@ -1,0 +1,89 @@
+"""The drawing as one HTML file that needs nothing else: everything is inline, the heat is drawn on canvas."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from string import Template
+
+import numpy as np
+from PIL import Image
+
+from sglang_vlkv.inspect.heat import DARK, DIM, FRAME, TINT, Visual, colours
+from sglang_vlkv.inspect.subject import Subject, shown
+
+LARGEST = 1280  # pixels: the longer side of an embedded picture
+STEPS = 101  # colours from just above 0% to 100%
+
+
+def render(subject: Subject) -> str:
+    """The page; it opens with the subject's choice."""
+    template, style, script = (_resource(f"page.{kind}") for kind in ("html", "css", "js"))
+    return Template(template).substitute(
+        question=html.escape(subject.answer.question),
+        answer=html.escape(subject.answer.text.strip()),
+        facts="".join(f"<li>{html.escape(fact)}</li>" for fact in subject.facts),
+        config=html.escape(subject.kept.report["config"]),
+        style=style,
+        script=script,
+        data=_json(_data(subject)),
+    )
+
+
+def _data(subject: Subject) -> dict:
+    """What ``page.js`` reads."""
+    kept = subject.kept
+    return {
+        "layer": subject.choice.layer,
+        "head": subject.choice.head,
+        "kept": [[_bits(row) for row in heads] for heads in kept.mask],
+        "tokens": [shown(token) for token in subject.answer.tokens],
+        "rows": kept.report["kept_per_layer"],
+        "sparsity": kept.report["sparsity_per_layer"],
+        "visuals": [_visual(*both) for both in zip(kept.visuals, subject.pictures, strict=True)],
+        "colours": colours(np.linspace(0, 1, STEPS)).tolist(),
+        "tint": TINT,
+        "frame": FRAME,
+        "dim": DIM,
+        "dark": DARK,
+    }
+
+
+def _visual(visual: Visual, shows: Sequence[Image.Image]) -> dict:
+    return {
+        "name": visual.name,
+        "positions": visual.positions.tolist(),
+        "grid": visual.grid,
+        "pictures": [_data_url(picture) for picture in shows],
+    }
+
+
+def _bits(row: np.ndarray) -> str:
+    """``[n]`` bool in base64; position p is bit p % 8, from the lowest, of byte p // 8."""
+    return base64.b64encode(np.packbits(row, bitorder="little").tobytes()).decode()
+
+
+def _data_url(picture: Image.Image) -> str:
+    """The smaller of PNG and JPEG."""
+    picture = picture.copy()
+    picture.thumbnail((LARGEST, LARGEST))
+    encoded = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+        buffer = io.BytesIO()
+        picture.save(buffer, format=kind, **options)
+        encoded.append((buffer.getvalue(), kind))
+    data, kind = min(encoded, key=lambda one: len(one[0]))
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _json(data: dict) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _resource(name: str) -> str:
+    return files("sglang_vlkv.inspect").joinpath(name).read_text(encoding="utf-8")
