@@ -95,9 +95,9 @@ def _write(path: Path, data: bytes) -> None:
         raise Problem(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     try:
-        sys.exit(run(parse()))
+        sys.exit(run(parse(arguments)))
     except Problem as problem:
         print(problem, file=sys.stderr)
         sys.exit(FAILED)

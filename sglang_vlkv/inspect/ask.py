@@ -57,23 +57,23 @@ def ask(
         raise Problem(f"{url} reports nothing about its KV cache; start it with --kv-policy.")
     tokens = []
     if "positions" in report:
-        tokens = _texts(url, _expanded(ids, report), report, api_key)
+        tokens = _texts(url, expanded(ids, report), report, api_key)
     return Answer(question, text, report, tokens)
 
 
-def _expanded(ids: list[int], report: dict) -> list[int]:
+def expanded(ids: list[int], report: dict) -> list[int]:
     """One id per position, also from servers that return a placeholder for a whole span (LLaVA)."""
     if len(ids) == report["prompt_tokens"]:
         return ids
-    expanded = list(ids)
+    whole = list(ids)
     for start, end in sorted(span for visual in report["visual"] for span in visual["spans"]):
-        expanded[start : start + 1] = [0] * (end - start)
-    if len(expanded) != report["prompt_tokens"]:
+        whole[start : start + 1] = [0] * (end - start)
+    if len(whole) != report["prompt_tokens"]:
         raise Problem(
             f"The server returns {len(ids)} ids for {report['prompt_tokens']} prompt tokens, and they cannot "
             "be matched."
         )
-    return expanded
+    return whole
 
 
 def _texts(url: str, ids: list[int], report: dict, api_key: str) -> list[str]:
@@ -95,7 +95,8 @@ def _post(url: str, path: str, body: dict, api_key: str) -> dict:
     except urllib.error.HTTPError as error:
         raise Problem(f"{url} answers HTTP {error.code}: {_message(error.read())}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise Problem(f"No server answers at {url} ({error}).") from error
+        reason = getattr(error, "reason", error)  # a URLError wraps what went wrong
+        raise Problem(f"No server answers at {url} ({reason}).") from error
     except ValueError as error:
         raise Problem(f"{url} does not answer as SGLang does: {error}.") from error
 

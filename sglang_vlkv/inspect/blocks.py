@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sglang_vlkv.inspect.heat import DARK, DIM, colours
+from sglang_vlkv.inspect.heat import DARK, colours
 
 WIDTH, GAP = 1504, 24  # pixels: of the whole drawing, and between its blocks
 LARGE, NORMAL, SMALL = 36, 26, 22  # font sizes
 CAPTION = round(SMALL * 1.5)
 PAPER, INK, SOFT, LINE, TRACK, BAR = "#ffffff", "#1b1e24", "#5c6470", "#dde1e7", "#f1f3f6", "#3f6fb5"
-DROPPED = (round(255 * DIM * 0.6),) * 3  # about what a dropped token of a photograph looks like
 
 Font = Callable[[int], ImageFont.FreeTypeFont]  # of a size
 
@@ -63,15 +62,12 @@ def scale(text: str, font: Font) -> Image.Image:
     ramp, middle, face = 360, CAPTION // 2, font(SMALL)
     image = blank(WIDTH, CAPTION)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 4, 36, CAPTION - 5), DROPPED)
-    x = 46
-    for word in ("dropped", "over 0%"):
-        draw.text((x, middle), word, INK, face, anchor="lm")
-        x += round(face.getlength(word)) + 32
-    x -= 22
+    least, most = "0%, dropped", f"100%   {text}"
+    draw.text((0, middle), least, INK, face, anchor="lm")
+    x = round(face.getlength(least)) + 10
     tones = colours(np.tile(np.linspace(0, 1, ramp), (CAPTION - 8, 1)))
     image.paste(Image.fromarray(tones), (x, 4))
-    draw.text((x + ramp + 10, middle), f"100%   {text}", INK, face, anchor="lm")
+    draw.text((x + ramp + 10, middle), most, INK, face, anchor="lm")
     return image
 
 
@@ -116,12 +112,11 @@ def chips(pieces: Sequence[tuple[str, float | None]], font: Font) -> Image.Image
     image = blank(WIDTH, y + step)
     draw = ImageDraw.Draw(image)
     for x, y, width, text, heat in placed:
-        colour, tone = SOFT, None
-        if heat:
+        colour = SOFT
+        if heat is not None:
             tone = tuple(colours(np.array(heat)).tolist())
             colour = "#ffffff" if tone[1] < DARK else "#000000"
-        if heat is not None:
-            draw.rounded_rectangle((x, y + 2, x + width, y + step - 4), 5, tone, None if heat else LINE)
+            draw.rounded_rectangle((x, y + 2, x + width, y + step - 4), 5, tone)
         draw.text((x + pad, y + step // 2), text, colour, face, anchor="lm")
     return image
 
@@ -131,8 +126,7 @@ def strip(heat: np.ndarray) -> Image.Image:
     edges = np.arange(WIDTH + 1) * len(heat) / WIDTH
     ends = np.maximum(np.ceil(edges[1:]), np.floor(edges[:-1]) + 1)
     most = np.array([heat[int(start) : int(end)].max() for start, end in zip(edges, ends)])
-    tones = np.where(most[:, None] > 0, colours(most), np.uint8(DROPPED[0]))
-    return Image.fromarray(np.tile(tones, (40, 1, 1)))
+    return Image.fromarray(np.tile(colours(most), (40, 1, 1)))
 
 
 def band(heat: np.ndarray, spans: Sequence[tuple[str, int, int]], font: Font) -> Image.Image:

@@ -12,8 +12,10 @@ TINT = 0.5  # how much of a kept token's colour is the heat's, inside its frame
 FRAME = 12  # a cell of so many pixels has a frame of one
 DIM = 0.35  # brightness of what was dropped, which is also grey
 DARK = 62  # of green: on colours with less, white text is easier to read than black
-# Heat from just above 0 to 1; brighter is more, also for those who do not see the hues.
-_STOPS = np.array([(112, 20, 96), (190, 32, 74), (238, 92, 50), (253, 174, 60), (255, 246, 170)])
+# From dropped to kept by all; brighter is more, also for those who do not see the hues.
+_STOPS = np.array(
+    [(40, 40, 40), (128, 38, 118), (196, 40, 78), (238, 92, 50), (253, 174, 60), (255, 246, 170)]
+)
 
 
 class Choice(NamedTuple):
@@ -107,6 +109,8 @@ def colours(heat: np.ndarray) -> np.ndarray:
 def paint(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     """The picture with every token's cell framed and tinted by its heat, grey and dark where that is 0.
 
+    The less heat, the more a cell is like a dropped one.
+
     Args:
         picture: RGB, of any size.
         heat: ``[height, width]`` of the grid, which covers all of the picture.
@@ -118,8 +122,10 @@ def paint(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     framed = (above[:, None] | left)[..., None]
     grey = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     tone = colours(spread[..., 0])
-    tinted = np.where(framed, tone, (1 - TINT) * pixels + TINT * tone)
-    painted = np.where(spread > 0, tinted, DIM * grey[..., None])
+    dark = DIM * grey[..., None]
+    seen = dark + np.sqrt(spread) * (pixels - dark)
+    tinted = np.where(framed, tone, (1 - TINT) * seen + TINT * tone)
+    painted = np.where(spread > 0, tinted, dark)
     return Image.fromarray(painted.round().astype(np.uint8))
 
 

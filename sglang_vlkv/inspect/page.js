@@ -83,7 +83,7 @@ function paint(canvas, frame, visual, first, shares) {
 function paintCell(context, { picture }, share, force, [left, top, right, bottom]) {
   const { width, height } = context.canvas, across = right - left, down = bottom - top;
   const [x, y] = [picture.width / width, picture.height / height];
-  context.globalAlpha = 1;
+  context.globalAlpha = Math.sqrt(share);
   context.drawImage(picture, left * x, top * y, across * x, down * y, left, top, across, down);
   context.fillStyle = css(share);
   context.globalAlpha = force * data.tint;
@@ -137,14 +137,14 @@ async function addVisual(visual) {
   const frames = [];
   for (let time = 0; time < times; time++) frames.push(await load(visual.pictures[time], visual.grid));
   const large = element("div", { className: "frames" });
-  large.style.setProperty("--frame", times > 12 ? "180px" : times > 2 ? "280px" : "400px");
+  large.style.setProperty("--frame", times > 12 ? "180px" : times > 2 ? "280px" : times > 1 ? "400px" : "100%");
   for (let time = 0; time < times; time++) large.append(frameOf(visual, frames[time], time));
   const layers = element("div", { className: "layers" });
   for (let layer = 0; layer < numLayers; layer++) {
     layers.append(times > 1 ? barsOf(visual, layer) : thumbOf(visual, frames[0], layer));
   }
   if (times > 1) layers.prepend(barsOf(visual, null));
-  layers.style.setProperty("--layer", numLayers > 4 || times > 1 ? "150px" : "200px");
+  layers.style.setProperty("--layer", numLayers > 4 || times > 1 ? "165px" : "200px");
   const wide = times > 1 || columns > 1.6 * rows || numLayers > 12;
   section.append(element("div", { className: wide ? "parts wide" : "parts" }, large, layers));
 }
@@ -174,9 +174,8 @@ function frameOf(visual, frame, time) {
   const leave = () => { cursor.shown = false; redraw(); };
   canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect();
-    const factor = Math.min(box.width / canvas.width, box.height / canvas.height);
-    const column = clamp(Math.floor((event.offsetX / factor / canvas.width) * columns), columns);
-    const row = clamp(Math.floor((event.offsetY / factor / canvas.height) * rows), rows);
+    const column = clamp(Math.floor((event.offsetX / box.width) * columns), columns);
+    const row = clamp(Math.floor((event.offsetY / box.height) * rows), rows);
     if (cursor.shown && column === cursor.column && row === cursor.row) return;
     Object.assign(cursor, { column, row, shown: true });
     tell();
@@ -229,7 +228,7 @@ function thumbOf(visual, frame, layer) {
     const shares = layerHeats[layer];
     paint(canvas, frame, visual, 0, shares);
     const count = visual.positions.reduce((sum, position) => sum + shares[position], 0);
-    caption.textContent = `layer ${layer}: ${tokens(count)}`;
+    caption.textContent = `layer ${layer}: ${tokens(count)} tokens`;
   });
   return button;
 }
@@ -250,7 +249,7 @@ function barsOf(visual, layer) {
       return bar;
     }));
     const name = layer === null ? "all layers" : `layer ${layer}`;
-    caption.textContent = `${name}: ${tokens(own.reduce((sum, count) => sum + count, 0))}`;
+    caption.textContent = `${name}: ${tokens(own.reduce((sum, count) => sum + count, 0))} tokens`;
     bars.setAttribute("aria-label", `tokens of each frame: ${own.map(tokens).join(", ")}`);
   });
   bars.setAttribute("role", "img");
@@ -307,9 +306,8 @@ function addText() {
   redraws.push(() => {
     for (const [span, position] of spans) {
       const share = heat[position];
-      span.className = [share ? "" : "dropped", span.classList.contains("here") ? "here" : ""].join(" ").trim();
-      span.style.background = share ? css(share) : "";
-      span.style.color = share ? (tone(share)[1] < data.dark ? "#fff" : "#000") : "";
+      span.style.background = css(share);
+      span.style.color = tone(share)[1] < data.dark ? "#fff" : "#000";
       span.title = describe(position, data.tokens[position]);
     }
   });
@@ -324,7 +322,7 @@ function band(positions, name) {
     const kept = positions.filter((position) => heat[position] > 0).length;
     canvas.setAttribute("aria-label", `${name}: ${kept} of ${positions.length} positions kept by a chosen layer and head`);
     positions.forEach((position, x) => {
-      context.fillStyle = heat[position] > 0 ? css(heat[position]) : "#363636";
+      context.fillStyle = css(heat[position]);
       context.fillRect(x, 0, 1, 1);
     });
   });
@@ -350,7 +348,8 @@ function addControls() {
   };
   options(layerChoice, `all ${numLayers} layers`, "layer", numLayers, data.layer);
   options(headChoice, `all ${numHeads} heads`, "head", numHeads, data.head);
-  for (const control of [layerChoice, headChoice, strength]) control.addEventListener("input", draw);
+  for (const select of [layerChoice, headChoice]) select.addEventListener("change", draw);
+  strength.addEventListener("input", draw);
   at("controls").addEventListener("submit", (event) => event.preventDefault());
   const ramp = at("ramp"), context = ramp.getContext("2d");
   for (let x = 0; x < ramp.width; x++) {

@@ -17,12 +17,13 @@ from sglang_vlkv.inspect.heat import DARK, DIM, FRAME, TINT, Visual, colours
 from sglang_vlkv.inspect.subject import Subject, shown
 
 LARGEST = 1280  # pixels: the longer side of an embedded picture
-STEPS = 101  # colours from just above 0% to 100%
+PARTS = ("page.html", "page.css", "page.js")
+STEPS = 201  # colours from 0% to 100%
 
 
 def render(subject: Subject) -> str:
     """The page; it opens with the subject's choice."""
-    template, style, script = (_resource(f"page.{kind}") for kind in ("html", "css", "js"))
+    template, style, script = map(resource, PARTS)
     return Template(template).substitute(
         question=html.escape(subject.answer.question),
         answer=html.escape(subject.answer.text.strip()),
@@ -85,5 +86,6 @@ def _json(data: dict) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file beside this one."""
     return files("sglang_vlkv.inspect").joinpath(name).read_text(encoding="utf-8")

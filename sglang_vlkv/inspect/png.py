@@ -19,7 +19,7 @@ from sglang_vlkv.inspect.subject import Subject, shown
 MARGIN = 48  # pixels
 TALL, THUMB, LEAST = 900, 228, 110  # pixels: the highest picture; a small one's width, and its least
 CELL = 16  # pixels of a token where no picture is known
-MAX_TEXT = 800  # text tokens drawn; the page has them all
+MAX_TEXT = 400  # text tokens drawn; the page has them all
 
 
 def load_font(path: Path | None) -> Font:
