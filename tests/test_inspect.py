@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from array import array
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -277,7 +278,7 @@ def spans_of(ids: list[int], *items) -> list[dict]:
     from sglang_vlkv.spans import visual_spans
 
     inputs = SimpleNamespace(mm_items=list(items))
-    return visual_spans(SimpleNamespace(origin_input_ids=ids, multimodal_inputs=inputs))
+    return visual_spans(SimpleNamespace(origin_input_ids=array("q", ids), multimodal_inputs=inputs))
 
 
 def test_spans_and_grids_of_items():

@@ -60,11 +60,11 @@ def image(path: Path) -> Medium:
     data = _read(path)
     try:
         opened = Image.open(io.BytesIO(data))
-        kind, turned = Image.MIME[opened.format], opened.getexif().get(ORIENTATION, 1) != 1
+        kind, turned = Image.MIME.get(opened.format), opened.getexif().get(ORIENTATION, 1) != 1
         picture = ImageOps.exif_transpose(opened).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise Problem(f"{path} cannot be read as a picture: {error}.") from error
-    if turned:  # is sent as it is drawn, whatever the server makes of the tag
+    if turned or not kind:  # sent as it is drawn, whatever the server makes of the tag
         data, kind = _png(picture), "image/png"
     return Medium("image", path, _data_url(data, kind), picture)
 

@@ -152,7 +152,7 @@ async function addVisual(visual) {
 /** One frame, large; the pointer or the arrow keys go from token to token. */
 function frameOf(visual, frame, time) {
   const [times, rows, columns] = visual.grid, first = time * rows * columns;
-  const canvas = canvasFor(frame, times > 1 ? 640 : 1024, { className: "heat", tabIndex: 0 });
+  const canvas = canvasFor(frame, times > 16 ? 320 : times > 1 ? 640 : 1024, { className: "heat", tabIndex: 0 });
   canvas.setAttribute("role", "img");
   const name = times > 1 ? `${visual.name}, frame ${time}` : visual.name;
   const caption = element("figcaption");

@@ -16,7 +16,8 @@ from PIL import Image
 from sglang_vlkv.inspect.heat import DARK, DIM, FRAME, TINT, Visual, colours
 from sglang_vlkv.inspect.subject import Subject, shown
 
-LARGEST = 1280  # pixels: the longer side of an embedded picture
+LARGEST = ((1, 1280), (16, 640))  # by number of frames: the longer side of their pictures, in pixels
+SMALLEST = 320  # where there are more frames
 PARTS = ("page.html", "page.css", "page.js")
 STEPS = 201  # colours from 0% to 100%
 
@@ -55,11 +56,12 @@ def _data(subject: Subject) -> dict:
 
 
 def _visual(visual: Visual, shows: Sequence[Image.Image]) -> dict:
+    side = next((side for most, side in LARGEST if len(shows) <= most), SMALLEST)
     return {
         "name": visual.name,
         "positions": visual.positions.tolist(),
         "grid": visual.grid,
-        "pictures": [_data_url(picture) for picture in shows],
+        "pictures": [_data_url(picture, side) for picture in shows],
     }
 
 
@@ -68,10 +70,10 @@ def _bits(row: np.ndarray) -> str:
     return base64.b64encode(np.packbits(row, bitorder="little").tobytes()).decode()
 
 
-def _data_url(picture: Image.Image) -> str:
-    """The smaller of PNG and JPEG."""
+def _data_url(picture: Image.Image, side: int) -> str:
+    """The smaller of PNG and JPEG, at most ``side`` pixels wide and high."""
     picture = picture.copy()
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((side, side))
     encoded = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
         buffer = io.BytesIO()
