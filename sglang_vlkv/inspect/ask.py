@@ -8,6 +8,8 @@ import urllib.error
 import urllib.request
 from typing import NamedTuple
 
+import numpy as np
+
 from sglang_vlkv.inspect import Problem
 from sglang_vlkv.inspect.media import Medium
 
@@ -20,7 +22,8 @@ class Answer(NamedTuple):
     Attributes:
         question, text: what was asked, and answered.
         report: the server's, with positions unless the prompt was left alone.
-        tokens: text of every position of the prompt; empty strings for visual tokens.
+        tokens: text of every position of the prompt; empty strings for visual tokens, and for what
+            continues a character that began before.
     """
 
     question: str
@@ -79,9 +82,20 @@ def expanded(ids: list[int], report: dict) -> list[int]:
 def _texts(url: str, ids: list[int], report: dict, api_key: str) -> list[str]:
     visual = {position for one in report["visual"] for span in one["spans"] for position in range(*span)}
     distinct = sorted({token for position, token in enumerate(ids) if position not in visual})
-    body = {"tokens": [[token] for token in distinct], "skip_special_tokens": False}
-    texts = dict(zip(distinct, _post(url, "/detokenize", body, api_key)["text"], strict=True))
-    return ["" if position in visual else texts[token] for position, token in enumerate(ids)]
+    texts = dict(zip(distinct, _decoded(url, [[token] for token in distinct], api_key), strict=True))
+    tokens = ["" if position in visual else texts[token] for position, token in enumerate(ids)]
+    parts = np.array([position for position, text in enumerate(tokens) if "\ufffd" in text], dtype=np.int64)
+    if len(parts):  # tokens that hold a part of a character
+        runs = np.split(parts, np.flatnonzero(np.diff(parts) != 1) + 1)
+        wholes = _decoded(url, [[ids[position] for position in run] for run in runs], api_key)
+        for run, whole in zip(runs, wholes, strict=True):
+            tokens[run[0] : run[-1] + 1] = [whole] + [""] * (len(run) - 1)
+    return tokens
+
+
+def _decoded(url: str, ids: list[list[int]], api_key: str) -> list[str]:
+    """The text of each list of ids."""
+    return _post(url, "/detokenize", {"tokens": ids, "skip_special_tokens": False}, api_key)["text"]
 
 
 def _post(url: str, path: str, body: dict, api_key: str) -> dict:

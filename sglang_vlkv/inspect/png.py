@@ -108,7 +108,7 @@ class _Sheet:
         """A contact sheet of the frames, then the tokens kept of every frame, by layer."""
         kept, choice = self.subject.kept, self.subject.choice
         maps, counts = kept.map_of(visual, choice), kept.per_frame(visual, choice)
-        across = min(len(maps), 8, max(2, round(1.5 * len(maps) ** 0.5)))
+        across = len(maps) if len(maps) <= 4 else min(8, round(1.5 * len(maps) ** 0.5))
         width = blocks.fitting(_shape(visual, shows), (WIDTH - GAP * (across - 1)) // across, TALL // 2)
         frames = [
             blocks.captioned(
