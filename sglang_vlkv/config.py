@@ -177,7 +177,7 @@ def build_settings(
     name = kv_policy or NONE
     if name not in policies():
         raise ValueError(f"--kv-policy {name!r} is unknown; use {', '.join(policies())}")
-    options = _read_options(kv_policy_config)
+    options = read_options(kv_policy_config)
     limits = {key: options.pop(key) for key in OPERATOR_OPTIONS if key in options}
     if name == NONE and not limits.get("allow_override"):
         return None
@@ -226,7 +226,12 @@ def _policy(name: str, options: dict, source: str) -> Policy:
         raise ValueError(f"{where} {name}: {error}") from None
 
 
-def _read_options(config: str | dict | None) -> dict:
+def read_options(config: str | dict | None) -> dict:
+    """What ``--kv-policy-config`` holds.
+
+    Raises:
+        ValueError: no JSON object, and no file that holds one.
+    """
     if config is None:
         return {}
     if isinstance(config, dict):

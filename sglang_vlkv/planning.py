@@ -6,23 +6,12 @@ from dataclasses import replace
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.multimodal.modality import Modality as SglangModality
 
 from sglang_vlkv.base import VISUAL, Modality, Policy, Prompt
 from sglang_vlkv.config import Settings
 from sglang_vlkv.drafting import draft_of
 from sglang_vlkv.requests import Plan, Reason
-
-_MODALITIES = {
-    SglangModality.IMAGE: Modality.IMAGE,
-    SglangModality.VIDEO: Modality.VIDEO,
-    SglangModality.AUDIO: Modality.AUDIO,
-}
-
-
-def _items(req: Req) -> list:
-    """The request's multimodal items."""
-    return req.multimodal_inputs.mm_items if req.multimodal_inputs else []
+from sglang_vlkv.spans import MODALITIES, holds, items_of, prompt_ids
 
 
 class Planner:
@@ -51,17 +40,12 @@ class Planner:
         self._end_of_turn = torch.tensor(sorted(end_of_turn_ids), dtype=torch.int64)
 
     def read_prompt(self, req: Req) -> Prompt:
-        """Tags every prompt position of ``req``, placeholders expanded, outputs left out.
-
-        SGLang replaces an item's placeholders by ids of the item's own, which say where it is also
-        where its spans are not stated (LLaVA) or no longer true (a session that cut its history).
-        """
-        ids = torch.frombuffer(req.origin_input_ids, dtype=torch.int64)
+        """Tags every prompt position of ``req``, placeholders expanded, outputs left out."""
+        ids = prompt_ids(req)
         tags = torch.full_like(ids, Modality.TEXT, dtype=torch.uint8)
         tags[torch.isin(ids, self._special)] = Modality.SYSTEM
-        for item in _items(req):
-            own = [value for value in item.padding_values() if value is not None]
-            tags[torch.isin(ids, torch.tensor(own, dtype=torch.int64))] = _MODALITIES[item.modality]
+        for item in items_of(req):
+            tags[holds(item, ids)] = MODALITIES[item.modality]
         ends = torch.isin(ids, self._end_of_turn).nonzero().flatten().tolist()
         # The last message of a chat is closed too, so the newest turn follows the one before it.
         positions = req.multimodal_inputs.mrope_positions if req.multimodal_inputs else None
@@ -76,7 +60,7 @@ class Planner:
             policy, reason = self._settings.for_request(custom), Reason()
         except ValueError as error:  # the frontend has refused these, unless somebody went past it
             policy, reason = self._settings.policy, Reason("refused", str(error))
-        if not any(_MODALITIES[item.modality] in VISUAL for item in _items(req)):
+        if not any(MODALITIES[item.modality] in VISUAL for item in items_of(req)):
             reason = reason or Reason("no_visual", "no image or video")
         elif req.beam_group is not None:
             reason = reason or Reason("beam_search", "beam search")

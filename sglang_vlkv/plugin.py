@@ -242,6 +242,8 @@ USES = {
     },
     "sglang.srt.managers.schedule_batch": {
         "FINISH_ABORT": "",
+        "MultimodalDataItem.padding_values": "self",
+        "MultimodalDataItem.model_specific_data": "",
         "Req.owned_kv_len": "self",
         "ScheduleBatch.release_req": "self idx remaing_req_count",
         "ScheduleBatch.filter_batch": "self keep_indices",

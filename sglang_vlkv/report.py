@@ -12,6 +12,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang_vlkv.config import NONE
 from sglang_vlkv.radix import TwinRadixCache
 from sglang_vlkv.requests import RequestState
+from sglang_vlkv.spans import visual_spans
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -61,7 +62,10 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "last_bytes": state.last_slots * slot_bytes,
     } | ranks.describe()
     if (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS:
-        report[POSITIONS] = [torch.cat(heads).tolist() for heads in zip(*ranks.gather(kept), strict=True)]
+        report |= {
+            POSITIONS: [torch.cat(heads).tolist() for heads in zip(*ranks.gather(kept), strict=True)],
+            "visual": visual_spans(req),
+        }
     return report
 
 

@@ -48,7 +48,10 @@ def test_a_part_imports_torch_and_the_parts_below_it(part):
         assert imported(file) <= {"torch", "triton"} | sys.stdlib_module_names | ours, file
 
 
-@pytest.mark.parametrize("module", ["sglang_vlkv", "sglang_vlkv.policies", "sglang_vlkv.requests"])
+@pytest.mark.parametrize(
+    "module",
+    ["sglang_vlkv", "sglang_vlkv.policies", "sglang_vlkv.requests", "sglang_vlkv.inspect.__main__"],
+)
 def test_importing_changes_nothing_and_leaves_sglang_out(module):
     code = f"import sys, {module}; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'sglang'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

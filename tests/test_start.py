@@ -250,6 +250,13 @@ def installed(tmp_path_factory) -> tuple[Path, str]:
     return folder, str(python)
 
 
+def test_the_wheel_holds_the_page_of_inspect(installed):
+    folder, python = installed
+    code = "from sglang_vlkv.inspect import page; print(*(len(page.resource(k)) for k in page.PARTS))"
+    sizes = subprocess.check_output([python, "-c", code], text=True, cwd=folder).split()
+    assert len(sizes) == 3 and min(map(int, sizes)) > 1000
+
+
 def test_the_wheel_serves_outside_the_checkout(installed):
     folder, python = installed
     where = subprocess.check_output(

@@ -1,0 +1,84 @@
+"""Where a request's images and videos stand in its prompt, and how their tokens lie in the picture."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.multimodal.modality import Modality as SglangModality
+
+from sglang_vlkv.base import VISUAL, Modality
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem, Req
+
+MODALITIES = {
+    SglangModality.IMAGE: Modality.IMAGE,
+    SglangModality.VIDEO: Modality.VIDEO,
+    SglangModality.AUDIO: Modality.AUDIO,
+}
+# Names by which SGLang's processors state a grid (time, height, width) of patches, before merging.
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+def items_of(req: Req) -> list[MultimodalDataItem]:
+    """The request's multimodal items."""
+    return req.multimodal_inputs.mm_items if req.multimodal_inputs else []
+
+
+def prompt_ids(req: Req) -> torch.Tensor:
+    """Token ids with placeholders expanded and replaced by ids of each item's own, ``[n]`` int64.
+
+    These say where an item is also where its spans are not stated (LLaVA) or no longer true (a
+    session that cut its history).
+    """
+    return torch.frombuffer(req.origin_input_ids, dtype=torch.int64)
+
+
+def holds(item: MultimodalDataItem, ids: torch.Tensor) -> torch.Tensor:
+    """Which of ``ids`` are the item's own, ``[n]`` bool."""
+    own = [value for value in item.padding_values() if value is not None]
+    return torch.isin(ids, torch.tensor(own, dtype=torch.int64))
+
+
+def visual_spans(req: Req) -> list[dict]:
+    """The images and videos of a prompt in its order, as JSON values.
+
+    Returns:
+        ``modality``; ``spans``, pairs of prompt positions ``[start, end)`` of its visual tokens
+        (several where text stands between a video's frames); ``grid``, how these tokens lie: (time,
+        height, width) in tokens, row by row, or None where the model does not state it.
+    """
+    ids = prompt_ids(req)
+    alike: dict[tuple, list[MultimodalDataItem]] = {}  # equal pictures have equal ids
+    for item in items_of(req):
+        if MODALITIES[item.modality] in VISUAL:
+            alike.setdefault(item.padding_values(), []).append(item)
+    found = []
+    for items in alike.values():
+        positions = holds(items[0], ids).nonzero().flatten()
+        for item, own in zip(items, positions.tensor_split(len(items))):
+            if len(own):
+                modality = MODALITIES[item.modality].name.lower()
+                found.append({"modality": modality, "spans": _runs(own), "grid": _grid(item, len(own))})
+    return sorted(found, key=lambda one: one["spans"][0])
+
+
+def _runs(positions: torch.Tensor) -> list[list[int]]:
+    """Ascending positions as ``[start, end)`` pairs."""
+    breaks = (positions.diff() != 1).nonzero().flatten() + 1
+    return [[int(run[0]), int(run[-1]) + 1] for run in positions.tensor_split(breaks)]
+
+
+def _grid(item: MultimodalDataItem, num_tokens: int) -> list[int] | None:
+    stated = next((data for name in _GRIDS if (data := item.model_specific_data.get(name)) is not None), ())
+    patches = torch.as_tensor(stated).flatten().tolist()
+    if len(patches) != 3:  # none, or those of several pictures
+        return None
+    time, height, width = patches
+    merge = isqrt(time * height * width // num_tokens)
+    if not merge or height % merge or width % merge:
+        return None
+    grid = [time, height // merge, width // merge]
+    return grid if grid[0] * grid[1] * grid[2] == num_tokens else None
