@@ -31,6 +31,11 @@ class CellPool(MHATokenToKVPool):
                 f"--kv-policy needs K and V heads of one size; this model has {k_shape[-1]} and "
                 f"{v_shape[-1]}. Serve it with --kv-policy none."
             )
+        if self.store_dtype != self.dtype:
+            raise ValueError(
+                f"--kv-policy cannot serve a {self.dtype} KV cache, which this checkpoint asks for: rows of "
+                "a quantised cache share scales. Use --kv-cache-dtype bfloat16, or --kv-policy none."
+            )
         rows = k_shape[0]
         with self.memory_saver_adapter.region("kv_cache"):
             self.storage = torch.zeros(

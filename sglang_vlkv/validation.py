@@ -151,10 +151,16 @@ def _server_refusals(cfg) -> list[Refusal]:
             "Use --dp-size without it",
         ),
         Refusal(
-            bool(cfg.enable_hierarchical_cache or cfg.enable_lmcache or cfg.enable_flexkv),
+            bool(
+                cfg.enable_hierarchical_cache
+                or cfg.enable_lmcache
+                or cfg.enable_flexkv
+                or cfg.enable_unified_cache_external_linker
+            ),
             "a hierarchical or external KV cache",
             "it moves rows between tiers by slot, and compacted slots hold rows of many layers",
-            "Drop --enable-hierarchical-cache, --enable-lmcache and --enable-flexkv",
+            "Drop --enable-hierarchical-cache, --enable-lmcache, --enable-flexkv and "
+            "--enable-unified-cache-external-linker",
         ),
         Refusal(
             cfg.radix_cache_backend not in (None, BACKEND),
@@ -203,6 +209,43 @@ def _server_refusals(cfg) -> list[Refusal]:
             "--enable-pdmux",
             "prefill and decode would run at the same time on one request's rows",
             "Drop --enable-pdmux",
+        ),
+        Refusal(
+            bool(cfg.enable_two_batch_overlap),
+            "--enable-two-batch-overlap",
+            "it splits a batch in two, and rows are listed for the whole batch",
+            "Drop --enable-two-batch-overlap",
+        ),
+        Refusal(
+            bool(cfg.enable_deterministic_inference),
+            "--enable-deterministic-inference",
+            "the decode kernels divide their work by what else is in the batch, and which rows are "
+            "kept depends on the prefix that is found",
+            "Drop --enable-deterministic-inference and --rl-on-policy-target",
+        ),
+        Refusal(
+            bool(cfg.enable_torch_compile) and cfg.device != "cpu",
+            "--enable-torch-compile",
+            "nobody has tried it with the kernels that read ragged rows",
+            "Drop --enable-torch-compile",
+        ),
+        Refusal(
+            cfg.kv_canary != "none",
+            f"--kv-canary {cfg.kv_canary}",
+            "it expects a token's row in the slot that the token was given, and kept rows lie elsewhere",
+            "Drop --kv-canary",
+        ),
+        Refusal(
+            bool(cfg.enable_nvidia_megakernel or cfg.enable_amd_monokernel),
+            "--enable-nvidia-megakernel or --enable-amd-monokernel",
+            "they replace the attention that reads ragged rows",
+            "Drop these flags",
+        ),
+        Refusal(
+            bool(cfg.encoder_only),
+            "--encoder-only",
+            "an encoder holds no KV",
+            "Give --kv-policy to the server that decodes",
         ),
         Refusal(
             cfg.dllm_algorithm is not None,

@@ -234,6 +234,12 @@ def test_values_of_another_size_are_refused():
         CellPool(SIZE, 1, torch.float32, HEADS, DIM, 1, "cpu", False, v_head_dim=DIM + 1)
 
 
+def test_a_cache_that_the_checkpoint_quantises_is_refused():
+    """Unlike --kv-cache-dtype fp8_e4m3, known only when the pool is made."""
+    with pytest.raises(ValueError, match="float8_e4m3fn KV cache.*--kv-cache-dtype bfloat16"):
+        CellPool(SIZE, 1, torch.float8_e4m3fn, HEADS, DIM, LAYERS, "cpu", False)
+
+
 def test_more_cells_than_an_int32_counts_are_refused(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda shape, **_: torch.empty(1, dtype=torch.int8).expand(shape))
     with pytest.raises(ValueError, match="int32; lower --max-total-tokens"):
