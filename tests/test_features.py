@@ -475,18 +475,28 @@ SERVERS = {
 }  # fmt: skip
 
 
+CROWD = [draw_prompt(seed, "image").body(48) for seed in range(60, 72)]
+
+
+@pytest.fixture(scope="module")
+def alone(pair) -> list[dict]:
+    """Answers to CROWD, each scored from its exact prompt."""
+    pair.ours.flush()
+    answers = [pair.ours.many([body])[0] for body in CROWD]
+    assert all(report(answer)["prefix"]["kind"] != "twin" for answer in answers)
+    return answers
+
+
 @pytest.mark.parametrize("name", SERVERS)
-def test_other_schedules_and_grammars(pair, tolerance, name):
+def test_other_schedules_and_grammars(pair, alone, tolerance, name):
     """In a pool that cannot hold all, everybody says what they would have said alone."""
-    bodies = [draw_prompt(seed, "image").body(48) for seed in range(60, 72)]
     constrained = PROMPT.body(40, custom=FULL, **OPTIONS["regex"])
-    alone = [pair.ours.many([body])[0] for body in bodies]
     pool = 1500
     assert sum(report(answer)["prompt_tokens"] for answer in alone) > 2 * pool
     flags = ("--max-total-tokens", str(pool), "--schedule-conservativeness", "0.01", *SERVERS[name], *POLICY)
     with Server(*flags) as server:
         assert_same(pair.both(constrained)[1:], server.many([constrained]), tolerance, name)
-        answers = server.many(bodies)
+        answers = server.many(CROWD)
         assert server.alive(), server.log()[-4000:]
     assert all(report(answer)["policy"] == "vlcache" for answer in answers)
     assert_same(alone, answers, tolerance, name)
