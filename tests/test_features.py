@@ -65,7 +65,7 @@ def pair(tmp_path_factory):
     env = install_unpinned(tmp_path_factory.mktemp("installed"))
     adapters = {name: write_adapter(folder / name, seed) for seed, name in enumerate(("one", "two"))}
     flags = (
-        "--max-total-tokens", str(POOL), "--max-running-requests", "6", "--schedule-conservativeness", "0.01",
+        "--max-total-tokens", str(POOL), "--max-running-requests", "4", "--schedule-conservativeness", "0.01",
         *LORA, "--lora-paths", *(f"{name}={path}" for name, path in adapters.items()),
         "--enable-custom-logit-processor", "--enable-return-hidden-states", "--enable-metrics",
         "--enable-priority-scheduling", "--radix-eviction-policy", "priority", "--tool-call-parser", "qwen25",
@@ -300,7 +300,7 @@ def test_an_adapter_that_is_replaced_leaves_nothing_to_its_name(pair):
 def test_preempted_requests_go_on_from_their_twins(pair, tolerance):
     """A higher priority takes their places in a full batch; they say what they would have said."""
     server = pair.ours
-    low = [draw_prompt(seed, "image").body(120) | {"priority": 0} for seed in range(20, 26)]
+    low = [draw_prompt(seed, "image").body(120) | {"priority": 0} for seed in range(20, 24)]
     high = draw_prompt(30, "image").body(8) | {"priority": 100}
     server.flush()
     alone = [server.many([body])[0] for body in low]
@@ -375,7 +375,7 @@ def test_kv_events_tell_of_exact_kv_only(pair):
 
 
 def received(socket):
-    while socket.poll(1500):
+    while socket.poll(1000):
         *_, payload = socket.recv_multipart()
         yield from msgspec.msgpack.decode(payload, type=KVEventBatch).events
 
@@ -507,7 +507,8 @@ def test_without_a_tokenizer_and_with_a_narrower_cache(pair):
     body = PROMPT.body(8, custom=POSITIONS)
     [expected] = pair.ours.many([body])
     ids = AutoTokenizer.from_pretrained(CHECKPOINT)(body.pop("text"))["input_ids"]
-    with Server("--skip-tokenizer-init", "--kv-cache-dtype", "bfloat16", *POLICY) as server:
+    pool = ("--max-total-tokens", str(POOL))
+    with Server(*pool, "--skip-tokenizer-init", "--kv-cache-dtype", "bfloat16", *POLICY) as server:
         [answer] = server.many([body | {"input_ids": ids}])
         assert server.alive(), server.log()[-4000:]
     for name in ("prompt_tokens", "visual_tokens", "voting_rows"):
