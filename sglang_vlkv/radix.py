@@ -76,6 +76,7 @@ class TwinRadixCache(UnifiedRadixCache):
         if self.watchers and count:
             self.watchers.tell(events.Flushed(count))
         self._pins.clear()
+        self.requests.drop_drafts()
         self._unannounced.clear()
 
     @property

@@ -250,6 +250,10 @@ class Requests:
         """``state`` has ended, and nobody else reads its draft."""
         self._drafts.pop(state.plan.reads_draft, None)
 
+    def drop_drafts(self) -> None:
+        """The weights that drafted may be others now."""
+        self._drafts.clear()
+
     def holders(self) -> Iterator[RequestState]:
         """The states that hold a row."""
         return iter(self._by_row.values())

@@ -69,6 +69,18 @@ def test_a_released_state_gives_up_its_row_and_tensors_and_keeps_what_the_report
     assert state.kept is kept and state.kept_slots == 4
 
 
+def test_drafted_queries_are_there_until_the_weights_may_be_others():
+    requests, policy = Requests(), VLCache(draft_tokens=2)
+    draft = requests.add(Request(), Plan(PROMPT, policy, writes_draft="d"))
+    reader = requests.add(Request(), Plan(PROMPT, policy, reads_draft="d"))
+    requests.take_row(draft, 0)
+    draft.drafted = {0: [torch.ones(1, 8, 100)] * 3}
+    requests.release_row(draft)
+    assert requests.draft_for(reader, 0).shape == (2, 8, 100)
+    requests.drop_drafts()
+    assert requests.draft_for(reader, 0) is None
+
+
 def test_a_retracted_request_starts_afresh_in_another_row():
     requests = Requests()
     state = requests.add(Request(), COMPACTS)
