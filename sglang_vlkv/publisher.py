@@ -33,7 +33,7 @@ KINDS = {
 MAX_QUEUED = 10_000  # events that wait for the sender
 MAX_UNREAD = 10_000  # messages that wait for one subscriber
 MAX_ID = 256  # characters of a request's id, which clients choose
-ROUND_SECONDS, ROUND_EVENTS = 0.02, 256  # the sender's turns, so that it never holds up the scheduler's thread
+ROUND_SECONDS, ROUND_EVENTS = 0.02, 256  # the sender's turns, so that it never holds up the scheduler
 SERVER_SECONDS = 2.0
 
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
@@ -102,8 +102,8 @@ def _bound(context: zmq.Context, address: str) -> zmq.Socket:
     except zmq.ZMQError as error:
         publishing.close()
         raise ValueError(
-            f"{FLAG} {address} cannot be bound: {error.strerror}. Another server may publish there; "
-            "name an address of this machine that is free."
+            f"{FLAG} {address} cannot be bound: {zmq.strerror(error.errno)}. Another server may publish "
+            "there; name an address of this machine that is free."
         ) from None
     return publishing
 

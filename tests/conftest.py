@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.equality import largest_deviation
+from tests.listening import Watched, watch
 from tests.prefork import Prefork
 from tests.prompts import draw_prompt
 from tests.serving import ROOT, TRAINED, Server, environment, free_port
@@ -161,6 +162,12 @@ def fleet():
         yield servers
     finally:
         servers.stop_all()
+
+
+@pytest.fixture(scope="session")
+def watched(fleet, tmp_path_factory) -> Watched:
+    """A tight server under watch from an empty cache to the next flush."""
+    return watch(fleet["fallback"], FLEET["fallback"][0], tmp_path_factory.mktemp("watched") / "events.jsonl")
 
 
 @pytest.fixture(scope="session")

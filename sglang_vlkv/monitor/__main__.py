@@ -48,17 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sglang_vlkv.monitor", description=__doc__.partition(": ")[2])
-    parser.add_argument(
-        "endpoint", nargs="?", default="5558", help="as in --kv-events-endpoint; default: 5558, on this machine"
-    )
-    parser.add_argument("--once", action="store_true", help="print what there is to see once, and end")
-    parser.add_argument("--plain", action="store_true", help="a line per event; so it is where no terminal is")
-    parser.add_argument("--seconds", type=float, metavar="N", help="end after so long")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write all messages there, a line of JSON each")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="show what --record wrote, without a server")
-    parser.add_argument(
-        "--speed", type=float, default=1.0, metavar="X", help="of the replay; 0: without pauses. Default: 1"
-    )
+    add = parser.add_argument
+    add("endpoint", nargs="?", default="5558", help="as in --kv-events-endpoint. Default: 5558")
+    add("--once", action="store_true", help="print what there is to see once, and end")
+    add("--plain", action="store_true", help="a line per event; so it is where no terminal is")
+    add("--seconds", type=float, metavar="N", help="end after so long")
+    add("--record", type=Path, metavar="FILE", help="write all messages there, a line of JSON each")
+    add("--replay", type=Path, metavar="FILE", help="show what --record wrote, without a server")
+    add("--speed", type=float, default=1.0, metavar="X", help="of the replay; 0: no pauses. Default: 1")
     return parser
 
 

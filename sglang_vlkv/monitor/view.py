@@ -172,7 +172,8 @@ def _row(state: State, row: dict[str, Callable[[State, int], list[Text]]], width
     """Panels side by side, by title."""
     widths = [width // len(row)] * len(row)
     widths[-1] += width - sum(widths)
-    cells = [_panel(title, fill(state, w - 4), w) for (title, fill), w in zip(row.items(), widths, strict=True)]
+    panels = zip(row.items(), widths, strict=True)
+    cells = [_panel(title, fill(state, w - 4), w) for (title, fill), w in panels]
     grid = Table.grid()
     for w in widths:
         grid.add_column(width=w)
