@@ -35,6 +35,7 @@ MAX_UNREAD = 10_000  # messages that wait for one subscriber
 MAX_ID = 256  # characters of a request's id, which clients choose
 ROUND_SECONDS, ROUND_EVENTS = 0.02, 256  # the sender's turns, so that it never holds up the scheduler
 SERVER_SECONDS = 2.0
+LAST_SECONDS = 1  # for subscribers to take what is sent before a publisher closes
 
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|\[::1\]")
 TCP = re.compile(r"tcp://(?P<host>\*|[\w.-]+|\[[\w:.%]+\]):(?P<port>\d{1,5})")
@@ -142,7 +143,7 @@ class Publisher:
         self._dp_rank, self._describe = dp_rank, describe
         self._queue: deque[tuple[float, events.Event]] = deque()
         self._topics: set[bytes] = set()
-        self._seq, self._next_server = 0, 0.0
+        self._seq, self._has_new = 0, False  # messages; subscribers that know nothing yet
         self._context = zmq.Context()
         self._socket = _bound(self._context, address)
         self._closing = Flag()
@@ -164,10 +165,11 @@ class Publisher:
         """Sends what is queued and gives the address back."""
         self._closing.set()
         self._sender.join()
-        self._socket.close()
+        self._socket.close(linger=1000 * LAST_SECONDS)
         self._context.term()
 
     def _run(self) -> None:
+        next_server = 0.0
         while not self._closing.is_set() or self._queue:
             patience = 1000 * ROUND_SECONDS
             while self._socket.poll(patience):
@@ -177,8 +179,8 @@ class Publisher:
                 happened, event = self._queue.popleft()
                 self.counts[KINDS[type(event)]] += 1
                 self._send(KINDS[type(event)], happened, event._asdict())
-            if time.monotonic() >= self._next_server:
-                self._next_server = time.monotonic() + SERVER_SECONDS
+            if time.monotonic() >= next_server or self._has_new:
+                next_server, self._has_new = time.monotonic() + SERVER_SECONDS, False
                 own = {"queued": len(self._queue), "counts": self.counts}
                 self._send(SERVER, time.time(), self._describe() | own)
 
@@ -187,7 +189,7 @@ class Publisher:
         begins, topic = message[:1] == b"\1", message[1:]
         if begins:
             self._topics.add(topic)
-            self._next_server = 0.0
+            self._has_new = True
         else:
             self._topics.discard(topic)
 

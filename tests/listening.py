@@ -104,7 +104,7 @@ def watch(server: Server, pool: int, recording: Path) -> Watched:
         feed = LiveFeed(address, record)
         said = [("what is this", [picture(rng, 448, 448)]), ("and left of it", []), ("above", [])]
         _, answers = talk(server, said, None, lambda: evict_exact_kv(server, pool))
-        asked = [picture(rng, 420, 420)]
+        asked = draw_prompt(3, "image").images
         tight = {"max_new_tokens": 64, "ignore_eos": False, "custom": {"kv_budget": 0.3}}
         questions = [Server.body(f"number {i}", asked, **tight) for i in range(25)]
         answers += server.many(questions[:1]) + server.many(questions[1:])
@@ -112,6 +112,7 @@ def watch(server: Server, pool: int, recording: Path) -> Watched:
         answers += server.many([draw_prompt(seed, "text").body(8) for seed in range(4)])
         ended = time.time()
         while not any(message["time"] > ended for message in listener.of_kind("pool")):
+            time.sleep(0.1)
             listener.read_all()
         server.flush()
         last = listener.read_all()[-1]["seq"]

@@ -293,7 +293,8 @@ def test_in_a_pipe_it_prints_text(watched):
     assert once.returncode == 0 and "Pool of 3,000 slots" in once.stdout and "\x1b" not in once.stdout
     plain = run("--replay", str(watched.recording), "--speed", "0")
     lines = plain.stdout.splitlines()
-    assert [each for each in map(line, watched.messages) if each][:100] == lines[:100]
+    told = [each for each in map(line, watched.messages) if each]
+    assert told == lines[: len(told)]
     assert "none lost" in lines[-1]
     replayed = run("--replay", str(watched.recording), "--speed", "0", "--once").stdout.splitlines()
     assert replayed[-20:] == lines[-20:]
