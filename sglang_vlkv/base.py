@@ -96,8 +96,8 @@ class Prompt:
         Args:
             kept: per layer, positions ``[Hkv, rows]``.
         """
-        rows = torch.cat([layer.flatten() for layer in kept])
-        counts, there = (torch.bincount(tags, minlength=len(Modality)) for tags in (self.tags[rows], self.tags))
+        kept = self.tags[torch.cat([layer.flatten() for layer in kept])]
+        counts, there = (torch.bincount(tags, minlength=len(Modality)) for tags in (kept, self.tags))
         return {m.name.lower(): int(counts[m]) for m in Modality if there[m]}
 
     @property

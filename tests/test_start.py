@@ -95,7 +95,8 @@ def done(tmp_path_factory) -> dict[str, Future]:
     folder, other = tmp_path_factory.mktemp("flags"), tmp_path_factory.mktemp("other")
     checkpoint_like(folder / "sliding", text_config=SLIDING)
     (folder / "policy.json").write_text('{"p": 0.02, "modality_floors": {"text": 1.0}}')
-    (folder / "server.yaml").write_text(f"model-path: {CHECKPOINT}\nkv-policy: vlcache\nkv-budget: 0.2\nkv-events-endpoint: ipc://events\n")
+    ours = "kv-policy: vlcache\nkv-budget: 0.2\nkv-events-endpoint: ipc://events\n"
+    (folder / "server.yaml").write_text(f"model-path: {CHECKPOINT}\n{ours}")
     info = other / "sglang-0.5.22.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.22\n")
@@ -159,7 +160,8 @@ def test_what_an_endpoint_does_not_do_is_said(done, resolved):
 
 
 def test_help_and_unknown_policy(done):
-    for flag in ("--kv-policy {none,vlcache,vlkv,", "--kv-budget", "--kv-policy-config", "--kv-events-endpoint"):
+    flags = ("--kv-policy {none,vlcache,vlkv,", "--kv-budget", "--kv-policy-config", "--kv-events-endpoint")
+    for flag in flags:
         assert flag in done["help"].result().stdout
     unknown = done["unknown"].result()
     assert unknown.returncode != 0

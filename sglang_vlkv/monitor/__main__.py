@@ -69,7 +69,6 @@ class Watch:
     def __init__(self, feed: LiveFeed | Replay, where: str, console: Console, seconds: float | None) -> None:
         self.state = State()
         self._feed, self._where, self._console = feed, where, console
-        self._offset = 0.0  # from the feed's clock to ours
         self._seconds, self._end = seconds, None if seconds is None else time.monotonic() + seconds
 
     def live(self) -> int:
@@ -124,7 +123,6 @@ class Watch:
 
     def _take(self, seconds: float) -> Iterator[dict]:
         for received, message in self._feed.read(seconds):
-            self._offset = time.time() - received
             self.state.fold(message, received)
             yield message
 
@@ -133,7 +131,8 @@ class Watch:
         if not self._console.is_terminal:
             height = 60
         hint = "q quits" if live else ""
-        return view(self.state, self._where, time.time() - self._offset, width, height, hint)
+        now = time.time() if isinstance(self._feed, LiveFeed) else None
+        return view(self.state, self._where, now, width, height, hint)
 
 
 @contextlib.contextmanager
@@ -146,7 +145,8 @@ def keys() -> Iterator:
     tty.setcbreak(sys.stdin)
 
     def pressed() -> str:
-        return os.read(sys.stdin.fileno(), 99).decode() if select.select([sys.stdin], [], [], 0)[0] else ""
+        typed = select.select([sys.stdin], [], [], 0)[0]
+        return os.read(sys.stdin.fileno(), 99).decode(errors="replace") if typed else ""
 
     try:
         yield pressed

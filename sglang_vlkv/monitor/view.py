@@ -34,12 +34,14 @@ class Section(NamedTuple):
     body: RenderableType
 
 
-def view(state: State, source: str, now: float, width: int, height: int, hint: str = "") -> Group:
+def view(
+    state: State, source: str, now: float | None, width: int, height: int, hint: str = ""
+) -> Group:
     """The whole screen.
 
     Args:
         source: where the messages come from.
-        now: unix seconds, by the clock that messages are received by.
+        now: unix seconds, by the clock that messages are received by; None in a replay.
         width, height: of the terminal. What finds no room is left out, the most detailed first.
         hint: what a user can do, for the last line.
     """
@@ -59,13 +61,14 @@ def view(state: State, source: str, now: float, width: int, height: int, hint: s
     return Group(*head, *sections, foot)
 
 
-def header(state: State, source: str, now: float, width: int) -> list[Text]:
+def header(state: State, source: str, now: float | None, width: int) -> list[Text]:
     server = state.server
-    silent = math.inf if state.last is None else now - state.last
-    if state.last is None:
+    if now is None:
+        sign = Text("▸ replay", "cyan")
+    elif state.last is None:
         sign = Text("○ waiting", "yellow")
-    elif silent > SILENT_SECONDS:
-        sign = Text(f"○ silent for {duration(silent)}", "bold red")
+    elif now - state.last > SILENT_SECONDS:
+        sign = Text(f"○ silent for {duration(now - state.last)}", "bold red")
     else:
         sign = Text("● live", "green")
     first = _apart(Text(source, "bold"), sign, width)
@@ -145,7 +148,9 @@ def pool_parts(state: State) -> list[Use]:
 def _bar(parts: list[Use], size: int, width: int) -> Text:
     """What is not empty takes a cell at least."""
     bar, used = Text(), 0
-    cells = [max(part.slots > 0, round(width * part.slots / size)) if size else 0 for part in parts]
+    if not size:
+        return bar
+    cells = [max(part.slots > 0, round(width * part.slots / size)) for part in parts]
     cells[cells.index(max(cells))] += width - sum(cells)
     for part, number in zip(parts, cells, strict=True):
         bar.append(part.sign * min(number, width - used), part.style)
