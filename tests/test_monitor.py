@@ -158,6 +158,8 @@ def test_rates_are_those_of_the_last_ten_seconds():
     assert state.rate("prompt tokens") == 33.0  # eleven of them in a closed interval of ten seconds
     assert state.rate("output tokens") == sum(range(89, 100)) / 10
     assert folded(ends[0]).rate("requests") == 0.0
+    assert folded(*ends, message(105)).rate("requests") == 0.5  # of the last five, nothing is heard
+    assert folded(*ends, message(150)).rate("requests") == 0.0
 
 
 def test_bars_and_sizes():
@@ -203,8 +205,8 @@ def test_a_recording_that_was_cut_off_replays_up_to_there(tmp_path):
 
 def test_a_replay_keeps_its_pace(tmp_path):
     file = tmp_path / "events.jsonl"
-    file.write_bytes(recorded(0, 0.01, 1000))
-    feed = Replay(file, speed=10)
+    file.write_bytes(recorded(0, 60, 1e7))
+    feed = Replay(file, speed=1000)
     deadline, seen = time.monotonic() + 20, []
     while len(seen) < 2 and time.monotonic() < deadline:
         seen += feed.read(0.05)
