@@ -106,8 +106,12 @@ def watch(server: Server, pool: int, recording: Path) -> Watched:
         _, answers = talk(server, said, None, lambda: evict_exact_kv(server, pool))
         asked = draw_prompt(3, "image").images
         tight = {"max_new_tokens": 64, "ignore_eos": False, "custom": {"kv_budget": 0.3}}
-        questions = [Server.body(f"number {i}", asked, **tight) for i in range(25)]
-        answers += server.many(questions[:1]) + server.many(questions[1:])
+        for attempt in range(4):  # whether one has to wait is a matter of timing
+            questions = [Server.body(f"number {i} of {attempt}", asked, **tight) for i in range(25)]
+            answers += server.many(questions[:1]) + server.many(questions[1:])
+            listener.read_all()
+            if listener.of_kind("deferred"):
+                break
         answers += server.many([draw_prompt(seed, "image").body(8, rid=f"image {seed}") for seed in range(4)])
         answers += server.many([draw_prompt(seed, "text").body(8) for seed in range(4)])
         ended = time.time()

@@ -268,16 +268,18 @@ def recent(state: State, width: int, height: int) -> RenderableType:
     for name, side in columns.items():
         sizes = {"ratio": 1, "min_width": 8} if name == "request" else {}
         table.add_column(name, justify=side, overflow="ellipsis", no_wrap=True, **sizes)
-    for request in list(state.requests.values())[: -(height - 2) : -1]:
+    newest = list(state.requests.values())[: -(height - 2) : -1]
+    for request in newest:
         cells = _cells(request)
         if width >= 100 and request.reason:
             cells["policy"].append(f": {request.reason}", "dim")
         table.add_row(*(cells[name] for name in columns))
+    height = len(newest) + 3
     return Panel(table, title="Requests", title_align="left", width=width, height=height, border_style="dim")
 
 
 def _cells(request: Request) -> dict[str, Text]:
-    sign, style = OUTCOMES[request.outcome]
+    sign, style = OUTCOMES.get(request.outcome, ("·", ""))
     return {
         "request": Text(request.rid),
         "policy": Text(request.policy or "-"),
@@ -335,7 +337,7 @@ _LINES = {
 def bars_of(heights: list[float], width: int) -> str:
     """A bar per height in [0, 1], up to four columns wide."""
     columns = max(1, min(4, width // len(heights)))
-    signs = [BLOCKS[math.ceil(height * 8) - 1] if height > 0 else " " for height in heights]
+    signs = [BLOCKS[min(8, math.ceil(height * 8)) - 1] if height > 0 else " " for height in heights]
     return "".join(sign * max(1, columns - 1) + " " * (columns > 1) for sign in signs)
 
 
