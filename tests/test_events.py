@@ -282,7 +282,10 @@ def test_closing_sends_what_is_queued_and_frees_the_address(monkeypatch):
     check_free(one.address, 1)
 
 
-@pytest.mark.parametrize("rid", ["x" * 1000, "half of a pair: \ud83d", "ünï"], ids=["long", "half", "accents"])
+IDS = {"long": "x" * 1000, "half": "half of a pair: \ud83d", "accents": "ünï"}
+
+
+@pytest.mark.parametrize("rid", IDS.values(), ids=IDS)
 def test_any_id_can_be_sent(rid):
     message = orjson.loads(encode({"rid": rid}))
     assert len(message["rid"]) <= 256 and message["rid"][:3] == rid[:3]
