@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from sglang_vlkv import config
+from sglang_vlkv import config, publisher
 from sglang_vlkv.attention import COUNTERPARTS
 
 logger = logging.getLogger(__name__)
@@ -73,15 +73,40 @@ def _validate(server_args, previous) -> None:
     from sglang_vlkv.validation import refuse
 
     previous(server_args)
+    endpoint = getattr(server_args, "kv_events_endpoint", None)
+    address = None if endpoint is None else publisher.address(endpoint)
     if config.settings_of(server_args) is None:
-        if any(getattr(server_args, name, None) for name in ("kv_budget", "kv_policy_config")):
-            logger.warning("--kv-budget and --kv-policy-config have no effect without --kv-policy.")
+        given = [name for name in config.DEFAULTS if name != "kv_policy" and getattr(server_args, name, None)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            logger.warning("Without --kv-policy these have no effect: %s.", flags)
         return
     cfg = resolving_view(server_args)
     refuse(cfg, model_config_of(server_args))
+    if address is not None:
+        _check_address(address, cfg)
     declare_resolution(server_args, "sglang_vlkv", radix_cache_backend=BACKEND)
     graphs = cfg.cuda_graph_config
     if graphs is not None and graphs.prefill.backend != Backend.DISABLED:
         logger.info("Prefill CUDA graphs are off: policies look at every prefill. Decode keeps its own.")
         graphs = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
         declare_resolution(server_args, "sglang_vlkv", cuda_graph_config=graphs)
+
+
+def _check_address(address: str, cfg) -> None:
+    """Before anything loads: live events can be published there.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    from sglang.srt.runtime_context import num_dp_ranks_of
+
+    if cfg.node_rank == 0:
+        publisher.check_free(address, num_dp_ranks_of(cfg))
+    if publisher.is_public(address):
+        logger.warning(
+            "%s %s: whoever reaches that port reads the ids of requests, their sizes and times; never "
+            "what they say. A port alone (5558) is for this machine only.",
+            publisher.FLAG,
+            address,
+        )

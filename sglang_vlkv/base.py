@@ -96,11 +96,9 @@ class Prompt:
         Args:
             kept: per layer, positions ``[Hkv, rows]``.
         """
-        return {
-            modality.name.lower(): sum(int((self.tags[layer] == modality).sum()) for layer in kept)
-            for modality in Modality
-            if (self.tags == modality).any()
-        }
+        kept = self.tags[torch.cat([layer.flatten() for layer in kept])]
+        counts, there = (torch.bincount(tags, minlength=len(Modality)) for tags in (kept, self.tags))
+        return {m.name.lower(): int(counts[m]) for m in Modality if there[m]}
 
     @property
     def num_visual(self) -> int:

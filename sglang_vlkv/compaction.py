@@ -342,6 +342,7 @@ class Compactor:
             free=allocator.available_size(),
             evictable=self._tree.evictable_size(),
             twins=self._tree.twins.num_slots,
+            twins_read=self._tree.slots_read(),
             slot_bytes=self._pool.slot_bytes,
             running=len(batch.reqs),
             waiting=len(scheduler.waiting_queue),

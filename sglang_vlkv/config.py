@@ -14,12 +14,13 @@ from sglang_vlkv.policies import policies
 
 NONE = "none"
 TWINS = OFF, RESUME, FALLBACK, PREFER = "off", "resume", "fallback", "prefer"
-DEFAULTS = {"kv_policy": NONE, "kv_budget": None, "kv_policy_config": None}
-REQUEST_KEYS = tuple(DEFAULTS)  # what custom_params may hold, beside kv_report
+POLICY_DEFAULTS = {"kv_policy": NONE, "kv_budget": None, "kv_policy_config": None}
+REQUEST_KEYS = tuple(POLICY_DEFAULTS)  # what custom_params may hold, beside kv_report
+DEFAULTS = POLICY_DEFAULTS | {"kv_events_endpoint": None}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--kv-policy``, ``--kv-budget`` and ``--kv-policy-config``."""
+    """Adds our flags."""
     group = parser.add_argument_group("KV-cache compression (sglang_vlkv)")
     group.add_argument(
         "--kv-policy",
@@ -39,6 +40,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=DEFAULTS["kv_policy_config"],
         metavar="JSON-OR-FILE",
         help="Further options: a JSON object, or a file that holds one.",
+    )
+    group.add_argument(
+        "--kv-events-endpoint",
+        default=DEFAULTS["kv_events_endpoint"],
+        metavar="PORT-OR-ADDRESS",
+        help="Publishes what happens to the KV cache on a ZeroMQ socket, which python -m sglang_vlkv.monitor "
+        "shows: a port on loopback, tcp://ADDRESS:PORT or ipc://FILE. Default: nowhere.",
     )
 
 
@@ -257,7 +265,7 @@ def read_options(config: str | dict | None) -> dict:
 
 def settings_of(server_args) -> Settings | None:
     """What a ServerArgs carries; None where nothing of ours is to run."""
-    name, budget, config = (getattr(server_args, flag, value) for flag, value in DEFAULTS.items())
+    name, budget, config = (getattr(server_args, flag, value) for flag, value in POLICY_DEFAULTS.items())
     return _cached_settings(name, budget, json.dumps(config) if isinstance(config, dict) else config)
 
 

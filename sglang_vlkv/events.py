@@ -73,7 +73,7 @@ class TwinHit(NamedTuple):
 
     Attributes:
         twin, rid: which, and who.
-        kind: ``twin``, or ``shared`` where another live request reads it.
+        prefix: ``twin``, or ``shared`` where another live request reads it.
         covered: prompt tokens that need no prefill.
         prompt_tokens: of the request.
         rows_lost: kept rows that a shorter common prefix cannot use.
@@ -81,7 +81,7 @@ class TwinHit(NamedTuple):
 
     twin: int
     rid: str
-    kind: str
+    prefix: str
     covered: int
     prompt_tokens: int
     rows_lost: int
@@ -144,7 +144,8 @@ class PoolUse(NamedTuple):
         size: all slots.
         free: that nobody holds.
         evictable: of the radix tree that nobody reads, twins among them.
-        twins: that twins hold; those that live requests read among them.
+        twins: that twins hold.
+        twins_read: those of them that live requests read, which are not evictable.
         slot_bytes: of one slot.
         running, waiting: requests.
     """
@@ -153,6 +154,7 @@ class PoolUse(NamedTuple):
     free: int
     evictable: int
     twins: int
+    twins_read: int
     slot_bytes: int
     running: int
     waiting: int

@@ -104,7 +104,7 @@ class Metrics:
             events.Compacted: self._on_compacted,
             events.Pass: lambda event: self._seconds().observe(event.seconds),
             events.TwinCreated: lambda _: self._created().inc(),
-            events.TwinHit: lambda event: self._hits(event.kind).inc(),
+            events.TwinHit: lambda event: self._hits(event.prefix).inc(),
             events.TwinEvicted: lambda _: self._evicted().inc(),
             events.Released: self._on_released,
             events.Deferred: lambda _: self._deferred().inc(),

@@ -66,7 +66,7 @@ HOOKS = (
     Hook(
         "sglang.srt.managers.scheduler.Scheduler.get_internal_state", AFTER,
         "sglang_vlkv.wiring:report_twins", ("self", "recv_req"),
-        "live counts of twins",
+        "live counts of twins and of live events",
     ),
     Hook(
         "sglang.srt.managers.scheduler.Scheduler._should_defer_prefill", BEFORE,
@@ -184,8 +184,13 @@ USES = {
         "AttentionBackend._snapshot_prefill_shared_reads": "self forward_batch num_qo_tokens",
         "SharedReadEnds.UNKNOWN": "",
     },
+    "sglang.srt.disaggregation.kv_events": {
+        "is_kv_publisher_rank": "kv_events_config",
+        "select_kv_publisher_dp_rank": "attn_dp_size attn_dp_rank dp_rank",
+    },
     "sglang.srt.runtime_context": {
         "get_parallel": "",
+        "num_dp_ranks_of": "cfg",
     },
     "sglang.srt.constants": {
         "HEALTH_CHECK_RID_PREFIX": "",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from sglang_vlkv.compaction import Compactor
+    from sglang_vlkv.publisher import Publisher
 
 BACKEND = "vlkv"
 NAMESPACE = uuid.uuid4().hex  # extra_key of the twins' keys, which clients must not guess
@@ -52,6 +53,7 @@ class TwinRadixCache(UnifiedRadixCache):
         twins: every twin in the tree.
         watchers: are told what happens to kept rows.
         ranks: the scheduler's, once it stands.
+        publisher: the one of them that sends live events; None where nobody asked for that.
     """
 
     settings: Settings
@@ -62,6 +64,7 @@ class TwinRadixCache(UnifiedRadixCache):
     def __init__(self, params) -> None:
         self.twins = Twins()
         self.watchers = events.Watchers()
+        self.publisher: Publisher | None = None
         self.decoding = []
         self.ranks = Ranks()
         self._unannounced: set[int] = set()  # hashes in KV events
@@ -469,6 +472,13 @@ class TwinRadixCache(UnifiedRadixCache):
             while excess > 0 and twin is not None and self._drop(twin):
                 excess -= len(twin.slots)
                 twin = twin.parent
+
+    def slots_read(self) -> int:
+        """Slots of twins that requests read, or will where they were retracted."""
+        ends = {state.twin for state in self.requests.holders() if state.twin is not None}
+        ends |= {twin for twin, _ in self._pins.values()}
+        pieces = {piece for twin in ends for piece in twin.chain() if piece in self.twins}
+        return sum(len(piece.slots) for piece in pieces)
 
     def describe_twins(self) -> dict:
         """For ``GET /kv_policy/twins``."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import pkgutil
+import time
 
 import torch
 
-from sglang_vlkv import config
+from sglang_vlkv import config, publisher
 from sglang_vlkv.attention import COUNTERPARTS
+from sglang_vlkv.publisher import Publisher
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +126,41 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
                 scheduler.max_running_requests,
                 max(graphs),
             )
+    tree.publisher = _publisher(scheduler, settings)
     logger.info("KV policy armed: %r", settings)
+
+
+def _publisher(scheduler, settings: config.Settings) -> Publisher | None:
+    """Sends live events, where the operator asked for them: one publisher per data-parallel replica.
+
+    Raises:
+        ValueError: the address cannot be had.
+    """
+    from sglang.srt.disaggregation.kv_events import is_kv_publisher_rank, select_kv_publisher_dp_rank
+    from sglang.srt.runtime_context import get_parallel
+
+    args, parallel, tree = scheduler.server_args, get_parallel(), scheduler.tree_cache
+    endpoint = getattr(args, "kv_events_endpoint", None)
+    if endpoint is None or not is_kv_publisher_rank(endpoint):
+        return None
+    dp_rank = select_kv_publisher_dp_rank(parallel.attn_dp_size, parallel.attn_dp_rank, parallel.dp_rank)
+    server = {
+        "model": args.served_model_name or args.model_path,
+        "policy": settings.policy.name,
+        "budget": settings.policy.budget,
+        "options": settings.describe(),
+        "layers": tree.pool.layer_num,
+        "kv_heads": tree.pool.head_num,
+        "slots": tree.token_to_kv_pool_allocator.size,
+        "slot_bytes": tree.pool.slot_bytes,
+        "replicas": parallel.num_dp_ranks,
+        "started": time.time(),
+    }
+    address = publisher.of_replica(publisher.address(endpoint), dp_rank)
+    made = Publisher(address, dp_rank, lambda: server | {"twins": tree.describe_twins()})
+    tree.watchers.add(made)
+    logger.info("Live events: %s", address)
+    return made
 
 
 def _metrics(scheduler, settings: config.Settings):
@@ -161,6 +197,8 @@ def report_twins(output, scheduler, _request):
         tree = scheduler.tree_cache
         tree.ranks.sum(torch.empty(0, dtype=torch.int64))  # every rank is asked, so that all are compared
         output.internal_state["kv_policy"] = tree.describe_twins() | tree.ranks.describe()
+        if tree.publisher is not None:
+            output.internal_state["kv_events"] = tree.publisher.describe()
     return output
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.equality import largest_deviation
+from tests.listening import Watched, watch
 from tests.prefork import Prefork
 from tests.prompts import draw_prompt
-from tests.serving import ROOT, TRAINED, Server, environment
+from tests.serving import ROOT, TRAINED, Server, environment, free_port
 
 POOL = ("--max-total-tokens", "24000")
 
@@ -118,7 +119,7 @@ FLEET = {
 
 
 class Fleet:
-    """One server for each way to keep twins; requests may choose their policy.
+    """One server for each way to keep twins; requests may choose their policy. All publish live events.
 
     What the others are compared with, "prefer" in a large pool, stays once it is up. Of the others
     one runs at a time: memory is short.
@@ -134,7 +135,8 @@ class Fleet:
             size, config, flags, env = FLEET[name]
             config = json.dumps({"allow_override": True} | config)
             pool = ("--max-total-tokens", str(size), "--decode-log-interval", "1")
-            flags = (*pool, "--kv-policy", "vlcache", "--kv-policy-config", config, *flags)
+            events = ("--kv-events-endpoint", str(free_port()))
+            flags = (*pool, *events, "--kv-policy", "vlcache", "--kv-policy-config", config, *flags)
             self._servers[name] = Server(*flags, env=env)
         return self._servers[name]
 
@@ -160,6 +162,12 @@ def fleet():
         yield servers
     finally:
         servers.stop_all()
+
+
+@pytest.fixture(scope="session")
+def watched(fleet, tmp_path_factory) -> Watched:
+    """A tight server under watch from an empty cache to the next flush."""
+    return watch(fleet["fallback"], FLEET["fallback"][0], tmp_path_factory.mktemp("watched") / "events.jsonl")
 
 
 @pytest.fixture(scope="session")

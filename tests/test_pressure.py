@@ -14,6 +14,7 @@ import requests
 
 from sglang_vlkv.policies import policies
 from tests.equality import alike
+from tests.listening import Listener, events_of
 from tests.prompts import Prompt, draw_prompt, picture, words
 from tests.scrape import Scrape
 from tests.serving import POSITIONS, Server, install_entry_point, report
@@ -260,7 +261,11 @@ def test_without_room_for_its_rows_a_request_is_prefilled_again(tmp_path):
     prompts = [draw_prompt(seed, kind) for seed in (20, 21) for kind in ("image", "images")]
     prompts.append(draw_prompt(0, "video"))
     env = plugin(tmp_path, "probe", PROBE)
-    with Server("--max-total-tokens", "12000", *VLCACHE, "--enable-metrics", env=env) as server:
+    told = ("--enable-metrics", "--kv-events-endpoint", f"ipc://{tmp_path}/events")
+    with (
+        Server("--max-total-tokens", "12000", *VLCACHE, *told, env=env) as server,
+        Listener(events_of(server)) as listener,
+    ):
         undisturbed = server.many([prompt.body(16, rid=f"a{i}") for i, prompt in enumerate(prompts)])
         server.flush()
         bodies = [prompt.body(16, rid=f"homeless{i}") for i, prompt in enumerate(prompts)]
@@ -268,6 +273,9 @@ def test_without_room_for_its_rows_a_request_is_prefilled_again(tmp_path):
         exported = Scrape(server)
         assert_sound(server)
         tags = [json.loads(line) for line in re.findall(r"TAGS (.*)", server.log())]
+        listener.read_all()
+    put_back = [message["rid"] for message in listener.of_kind("no_room")]
+    assert sorted(put_back) == [f"homeless{i}" for i in range(len(prompts))]
     assert all(report(answer)["retractions"] == 1 for answer in answers)
     assert all(report(answer)["retractions"] == 0 for answer in undisturbed)
     for one, other in zip(undisturbed, answers, strict=True):

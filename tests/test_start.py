@@ -16,7 +16,7 @@ import torch
 
 from sglang_vlkv.platform import activate
 from tests.prompts import draw_prompt
-from tests.serving import CHECKPOINT, ROOT, SMALL_SERVER, Server, report
+from tests.serving import CHECKPOINT, ROOT, SMALL_SERVER, Server, free_port, report
 
 RESOLVE = """
 import json, sys
@@ -53,9 +53,12 @@ REFUSED = {  # by what is said
     "not valid JSON": ["--kv-policy-config", "{budget: 1}"],
     "max_rows": ["--kv-policy-config", '{"max_rows": 4}'],
     "sliding-window": ["--model-path", "sliding"],
+    "--kv-events-endpoint is 'udp://*:5558'; it must be": ["--kv-events-endpoint", "udp://*:5558"],
+    "192.0.2.1:5558 cannot be bound": ["--kv-events-endpoint", "tcp://192.0.2.1:5558"],
 }
 MODEL = ["--model-path", str(CHECKPOINT)]
 VLCACHE = [*MODEL, "--kv-policy", "vlcache"]
+PUBLIC = f"tcp://*:{free_port()}"
 ACCEPTED = [
     MODEL,
     [*MODEL, "--page-size", "16"],
@@ -64,6 +67,8 @@ ACCEPTED = [
     [*VLCACHE, "--enable-mixed-chunk"],
     [*VLCACHE, "--disable-radix-cache"],
     ["--config", "server.yaml"],
+    [*VLCACHE, "--kv-events-endpoint", PUBLIC],
+    [*MODEL, "--kv-events-endpoint", "5558"],
 ]
 
 UNPATCHED = """
@@ -90,7 +95,8 @@ def done(tmp_path_factory) -> dict[str, Future]:
     folder, other = tmp_path_factory.mktemp("flags"), tmp_path_factory.mktemp("other")
     checkpoint_like(folder / "sliding", text_config=SLIDING)
     (folder / "policy.json").write_text('{"p": 0.02, "modality_floors": {"text": 1.0}}')
-    (folder / "server.yaml").write_text(f"model-path: {CHECKPOINT}\nkv-policy: vlcache\nkv-budget: 0.2\n")
+    ours = "kv-policy: vlcache\nkv-budget: 0.2\nkv-events-endpoint: ipc://events\n"
+    (folder / "server.yaml").write_text(f"model-path: {CHECKPOINT}\n{ours}")
     info = other / "sglang-0.5.22.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.22\n")
@@ -147,8 +153,15 @@ def test_what_can_be_served_is_accepted(resolved):
     assert resolved[len(REFUSED) :] == ["accepted"] * len(ACCEPTED)
 
 
+def test_what_an_endpoint_does_not_do_is_said(done, resolved):
+    said = done["resolve"].result().stderr
+    assert "Without --kv-policy these have no effect: --kv-events-endpoint." in said
+    assert f"{PUBLIC}: whoever reaches that port reads the ids of requests" in said
+
+
 def test_help_and_unknown_policy(done):
-    for flag in ("--kv-policy {none,vlcache,vlkv,", "--kv-budget", "--kv-policy-config"):
+    flags = ("--kv-policy {none,vlcache,vlkv,", "--kv-budget", "--kv-policy-config", "--kv-events-endpoint")
+    for flag in flags:
         assert flag in done["help"].result().stdout
     unknown = done["unknown"].result()
     assert unknown.returncode != 0
@@ -162,12 +175,14 @@ if __name__ == "__main__":
     engine = sgl.Engine(
         model_path=sys.argv[1], dtype="float32", max_total_tokens=4000, mem_fraction_static=0.3,
         kv_policy="vlcache", kv_budget=0.2, kv_policy_config={"recent_fraction": 0.5},
+        kv_events_endpoint=int(sys.argv[3]),
     )
     body = json.loads(sys.argv[2])
     answer = engine.generate(
         prompt=body["text"], image_data=body["image_data"], sampling_params=body["sampling_params"]
     )
-    print("RESULT", json.dumps(answer["meta_info"]["kv_policy"]))
+    [state] = engine.get_server_info()["internal_states"]
+    print("RESULT", json.dumps([answer["meta_info"]["kv_policy"], state["kv_events"]["endpoint"]]))
     engine.shutdown()
 """
 
@@ -175,14 +190,15 @@ if __name__ == "__main__":
 def test_engine_takes_the_options_as_keywords(tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
-    body = draw_prompt(0, "image").body(8)
+    body, port = draw_prompt(0, "image").body(8), free_port()
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(CHECKPOINT), json.dumps(body)],
+        [sys.executable, "-W", "ignore", str(script), str(CHECKPOINT), json.dumps(body), str(port)],
         capture_output=True, text=True, timeout=300, env=os.environ | SMALL_SERVER,
     )  # fmt: skip
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, run.stdout[-2000:] + run.stderr[-4000:]
-    seen = json.loads(lines[0][7:])
+    seen, endpoint = json.loads(lines[0][7:])
+    assert endpoint == f"tcp://127.0.0.1:{port}"
     assert seen["budget"] == 0.2
     assert sum(seen["kept_per_layer"]) == round(0.2 * seen["prompt_tokens"] * 4)
 

@@ -1,0 +1,1 @@
+"""Watches a server's live events in a terminal: ``python -m sglang_vlkv.monitor [ENDPOINT]``."""

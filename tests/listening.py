@@ -1,0 +1,127 @@
+"""Subscribers of a server's live events, on the test's own thread."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import zmq
+
+from sglang_vlkv.monitor.feeds import LiveFeed
+from sglang_vlkv.monitor.state import State
+from tests.conversation import evict_exact_kv, talk
+from tests.prompts import draw_prompt, picture
+from tests.serving import Server
+
+
+def events_of(server: Server) -> str:
+    """Where a server publishes, by its own account."""
+    return server.info()["internal_states"][0]["kv_events"]["endpoint"]
+
+
+class Listener:
+    """Subscribes to all kinds; a context manager.
+
+    Args:
+        waits: until the server has answered.
+
+    Attributes:
+        messages: those read so far.
+    """
+
+    def __init__(self, address: str, waits: bool = True) -> None:
+        self.messages: list[dict] = []
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.set_hwm(1_000_000)
+        self._socket.subscribe(b"")
+        self._socket.connect(address)
+        self._asked = 0
+        if waits:
+            self.read_all()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._context.destroy(linger=0)
+
+    def read_all(self, timeout: float = 30) -> list[dict]:
+        """All messages, with those of what has happened by now.
+
+        A new subscription is answered by a message of kind ``server``, which says whether all is sent.
+        """
+        asked = time.time()
+        self._asked += 1
+        self._socket.subscribe(f"nothing {self._asked}".encode())
+        while time.time() < asked + timeout:
+            if self._socket.poll(100):
+                topic, payload = self._socket.recv_multipart()
+                message = orjson.loads(payload)
+                assert topic.decode() == message["kind"]
+                self.messages.append(message)
+                if message["kind"] == "server" and message["time"] > asked and not message["queued"]:
+                    return self.messages
+        raise TimeoutError(f"no server's message after {timeout} s")
+
+    def of_kind(self, kind: str) -> list[dict]:
+        return [message for message in self.messages if message["kind"] == kind]
+
+
+def num_missed(messages: list[dict]) -> int:
+    """Gaps in their numbers."""
+    numbers = [message["seq"] for message in messages]
+    return numbers[-1] - numbers[0] + 1 - len(numbers)
+
+
+class Watched(NamedTuple):
+    """What a server did, and what two subscribers saw of it.
+
+    Attributes:
+        answers: of all requests.
+        messages: as the first subscriber read them.
+        state: as the second, the monitor's, folded them.
+        recording: as the monitor recorded them.
+    """
+
+    server: Server
+    address: str
+    answers: list[dict]
+    messages: list[dict]
+    state: State
+    recording: Path
+
+
+def watch(server: Server, pool: int, recording: Path) -> Watched:
+    """A conversation that goes on from its twins, many questions about one picture, more than the pool
+    of ``pool`` slots holds, different pictures, text, and a flush."""
+    server.flush()
+    address, state, rng = events_of(server), State(), random.Random(7)
+    with Listener(address) as listener, recording.open("wb") as record:
+        feed = LiveFeed(address, record)
+        said = [("what is this", [picture(rng, 448, 448)]), ("and left of it", []), ("above", [])]
+        _, answers = talk(server, said, None, lambda: evict_exact_kv(server, pool))
+        asked = draw_prompt(3, "image").images
+        tight = {"max_new_tokens": 64, "ignore_eos": False, "custom": {"kv_budget": 0.3}}
+        for attempt in range(4):  # whether one has to wait is a matter of timing
+            questions = [Server.body(f"number {i} of {attempt}", asked, **tight) for i in range(25)]
+            answers += server.many(questions[:1]) + server.many(questions[1:])
+            listener.read_all()
+            if listener.of_kind("deferred"):
+                break
+        answers += server.many([draw_prompt(seed, "image").body(8, rid=f"image {seed}") for seed in range(4)])
+        answers += server.many([draw_prompt(seed, "text").body(8) for seed in range(4)])
+        ended = time.time()
+        while not any(message["time"] > ended for message in listener.of_kind("pool")):
+            time.sleep(0.1)
+            listener.read_all()
+        server.flush()
+        last = listener.read_all()[-1]["seq"]
+        while not state.replicas or state.replicas[0].next_seq <= last:
+            for received, message in feed.read(1.0):
+                state.fold(message, received)
+        feed.close()
+    return Watched(server, address, answers, listener.messages, state, recording)
