@@ -288,7 +288,7 @@ def write_llava_onevision(directory: Path, final: Path, family: Family) -> None:
         directory, final, family, "LlavaQwenForCausalLM", "siglip", bias=True,
         image_size=112, image_aspect_ratio="anyres_max_9", mm_patch_merge_type="spatial_unpad",
         image_grid_pinpoints=[[112 * i, 112 * j] for i in range(1, 4) for j in range(1, 4)],
-        use_sliding_window=False,
+        sliding_window=32768, use_sliding_window=False,
     )  # fmt: skip
 
 
@@ -314,6 +314,7 @@ def write_internvl(directory: Path, _final: Path, family: Family) -> None:
             architectures=["Qwen2ForCausalLM"],
             model_type="qwen2",
             torch_dtype="bfloat16",
+            sliding_window=32768,
             use_sliding_window=False,
         ),
         "vision_config": {
@@ -379,7 +380,7 @@ FAMILIES = {
         image="<image>", write=write_llava_1_6, processor="LlavaProcessor", flags=LLAVA,
     ),
     "llava-onevision": Family(
-        heads=14, kv_heads=2, head_dim=64,
+        heads=7, kv_heads=1, head_dim=64,
         special_tokens=(*CHAT_ML, "<image>"), end="<|im_end|>", turn=CHAT_ML_TURN,
         image="<image>", video="<image>", write=write_llava_onevision, processor="LlavaProcessor", flags=LLAVA,
     ),
