@@ -140,8 +140,9 @@ def write_qwen3_vl(directory: Path, _final: Path, family: Family) -> None:
     from transformers import Qwen3VLConfig
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-    axes = family.head_dim // 2
-    rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [axes - 2 * (axes // 3), axes // 3, axes // 3]}
+    third = family.head_dim // 6  # of the pairs that RoPE turns: time takes what height and width leave
+    sections = [family.head_dim // 2 - 2 * third, third, third]
+    rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": sections}
     config = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
@@ -191,7 +192,7 @@ def write_qwen3_vl(directory: Path, _final: Path, family: Family) -> None:
     build.write_weights(directory / "model.safetensors", vision_weights(visual) | decoder, "bfloat16")
 
 
-# LLaVA in its authors' layout, which is the one that SGLang serves: the vision tower is a checkpoint of its own.
+# LLaVA in its authors' layout, which SGLang serves: the vision tower is a checkpoint of its own.
 
 
 def write_llava(
@@ -349,9 +350,15 @@ def write_internvl(directory: Path, _final: Path, family: Family) -> None:
     }
     for layer in range(2):
         block = f"vision_model.encoder.layers.{layer}"
-        linear = {"attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (mlp, dim), "mlp.fc2": (dim, mlp)}
-        linear |= {"norm1": (dim,), "norm2": (dim,)}
-        for name, shape in linear.items():
+        biased = {
+            "attn.qkv": (3 * dim, dim),
+            "attn.proj": (dim, dim),
+            "mlp.fc1": (mlp, dim),
+            "mlp.fc2": (dim, mlp),
+            "norm1": (dim,),
+            "norm2": (dim,),
+        }
+        for name, shape in biased.items():
             shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
         shapes |= {f"{block}.ls1": (dim,), f"{block}.ls2": (dim,)}
     weights = vision_weights(shapes) | decoder_weights(family, "language_model.")
@@ -382,12 +389,14 @@ FAMILIES = {
     "llava-onevision": Family(
         heads=7, kv_heads=1, head_dim=64,
         special_tokens=(*CHAT_ML, "<image>"), end="<|im_end|>", turn=CHAT_ML_TURN,
-        image="<image>", video="<image>", write=write_llava_onevision, processor="LlavaProcessor", flags=LLAVA,
+        image="<image>", video="<image>", write=write_llava_onevision, processor="LlavaProcessor",
+        flags=LLAVA,
     ),
     "internvl3": Family(
         heads=4, kv_heads=2, head_dim=80,
         special_tokens=(*CHAT_ML, "<img>", "</img>", "<IMG_CONTEXT>", "<|video_pad|>"), end="<|im_end|>",
-        turn=CHAT_ML_TURN, image="<image>", video="<video>", opens="<img>", closes="</img>", closes_video="</img>\n", write=write_internvl,
+        turn=CHAT_ML_TURN, image="<image>", video="<video>", write=write_internvl,
+        opens="<img>", closes="</img>", closes_video="</img>\n",
         flags=("--dtype", "float32", "--trust-remote-code"), tokenizer="Qwen2TokenizerFast",
     ),
 }  # fmt: skip

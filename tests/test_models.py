@@ -254,7 +254,37 @@ def test_kept_rows_and_answers_are_those_of_the_reference(served, tenth):
             equal += len(set(kept) & set(reference_selection(head, len(kept))))
             total += len(kept)
     print(f"{served.name}: {equal} of {total} positions equal the reference")
-    assert equal >= 0.98 * total
+    assert equal >= (0.98 if served.family.dtype == torch.float32 else 0.95) * total
     masked = hugging_face.generate(asked, NUM_OUTPUT, seen["positions"])
     assert_same([masked], [ours], tolerance, f"{served.name}: attention over the kept rows")
     assert first_difference(plain, ours), "the budget is too large for this test to see anything"
+
+
+def test_chat_shows_the_policy_the_same_prompt(served, tenth):
+    """Through the checkpoint's own chat template, which puts the picture first."""
+    asked, first = served.asked["picture first"], tenth[0]
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(asked.images[0])}},
+        {"type": "text", "text": asked.texts[-1]},
+    ]
+    response = served.server.post(
+        "/v1/chat/completions",
+        {
+            "model": "any", "messages": [{"role": "user", "content": content}], "max_tokens": 2,
+            "temperature": 0.0, "ignore_eos": True, "return_meta_info": True, "custom_params": TENTH,
+        },
+    )  # fmt: skip
+    seen = response.json()["choices"][0]["meta_info"]["kv_policy"]
+    for key in ("prompt_tokens", "visual_tokens", "voting_rows"):
+        assert seen[key] == report(first)[key], key
+
+
+def test_policies_that_look_at_more_than_votes(served):
+    """Whole-prompt scores, rotary embeddings taken off, values, frames, merging."""
+    policies = ("expected", "h2o", "infinipotv", "lookm", "vlkv")
+    medium = "video" if "video" in served.asked else "pictures"
+    bodies = [served.asked[medium].body(TENTH | {"kv_policy": policy}) for policy in policies]
+    for policy, answer in zip(policies, served.server.many(bodies), strict=True):
+        seen = report(answer)
+        assert seen["policy"] == policy, seen
+        assert sum(seen["kept_per_layer"]) == round(0.1 * seen["prompt_tokens"] * LAYERS), policy
