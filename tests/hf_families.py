@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -17,22 +18,40 @@ from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     BatchFeature,
     CLIPImageProcessor,
     InternVLConfig,
     LlavaConfig,
     LlavaNextConfig,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaOnevisionConfig,
     SiglipImageProcessor,
 )
 
-from tests.checkpoints import FAMILIES, checkpoint
+from tests.checkpoints import FAMILIES, NORMALISE, checkpoint
 from tests.hf_reference import Reference
 
 
 def reference(name: str) -> Reference:
     classes = {"qwen3-vl": Reference, "internvl3": InternVL}
     return classes[name](checkpoint(name)) if name in classes else Llava(name)
+
+
+def write_transformers_layout(reference: Llava, directory: Path) -> None:
+    """LLaVA 1.6 as Transformers stores it, for SGLang to serve with Transformers' code."""
+    reference.model.save_pretrained(directory)
+    edges = {"height": reference.size, "width": reference.size}
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": reference.size}, crop_size=edges,
+        image_grid_pinpoints=reference.model.config.image_grid_pinpoints, **NORMALISE,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("llava-1.6"))
+    LlavaNextProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(directory)  # fmt: skip
 
 
 class Renamed(Reference):

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from sglang_vlkv.tinyvlm.ask import data_url
 from tests.checkpoints import FAMILIES, LAYERS, Family, checkpoint
 from tests.equality import alike, assert_same, first_difference, largest_deviation
-from tests.hf_families import reference
+from tests.hf_families import reference, write_transformers_layout
 from tests.hf_reference import reference_selection
 from tests.prompts import CLIP, picture, words
 from tests.serving import POSITIONS, Server, report
@@ -283,9 +283,35 @@ def test_chat_shows_the_policy_the_same_picture(served, tenth):
 def test_policies_that_look_at_more_than_votes(served):
     """Whole-prompt scores, rotary embeddings taken off, values, frames, merging."""
     policies = ("expected", "h2o", "infinipotv", "lookm", "vlkv")
-    medium = "video" if "video" in served.asked else "pictures"
-    bodies = [served.asked[medium].body(TENTH | {"kv_policy": policy}) for policy in policies]
+    asked = served.asked["picture in the middle"]
+    bodies = [asked.body(TENTH | {"kv_policy": policy}) for policy in policies]
     for policy, answer in zip(policies, served.server.many(bodies), strict=True):
         seen = report(answer)
         assert seen["policy"] == policy, seen
         assert sum(seen["kept_per_layer"]) == round(0.1 * seen["prompt_tokens"] * LAYERS), policy
+
+
+def test_a_model_that_sglang_serves_with_transformers_code(tmp_path):
+    """There prompts keep their placeholders, alike for all pictures, and nothing is shared between them."""
+    hugging_face = reference("llava-1.6")
+    write_transformers_layout(hugging_face, tmp_path)
+    first = drawn("llava-1.6")["picture first"]
+    asked = [first, replace(first, images=[picture(random.Random(5), 224, 224)]), first]
+    config = json.dumps({"allow_override": True, "twins": "prefer"})
+    flags = ("--max-total-tokens", "8000", "--kv-policy", "none", "--kv-policy-config", config)
+    with Server(*flags, model=tmp_path) as server:
+        stock, everything, tenth = (
+            [server.many([each.body(custom)])[0] for each in asked] for custom in (None, EVERYTHING, TENTH)
+        )
+        assert server.alive(), server.log()[-4000:]
+    expected = [hugging_face.generate(each, NUM_OUTPUT) for each in asked[:2]]
+    deviation = max(largest_deviation(*pair) for pair in zip(expected, stock))
+    assert 0 < deviation < 1e-3 and first_difference(*expected)
+    assert_same(expected + expected[:1], stock, 4 * deviation, "stock")
+    assert_same(stock, everything, 4 * deviation, "budget 1")
+    masked = [hugging_face.generate(a, NUM_OUTPUT, report(b)["positions"]) for a, b in zip(asked, tenth)]
+    assert_same(masked, tenth, 4 * deviation, "attention over the kept rows")
+    for answer in everything + tenth:
+        seen = report(answer)
+        assert (seen["policy"], seen["visual_tokens"]) == ("vlcache", 8 * 8 + 16 * 17)
+        assert seen["prefix"] == {"kind": "cold", "tokens": 0}
