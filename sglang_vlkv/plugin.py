@@ -196,7 +196,9 @@ USES = {
         "SchedulerMetricsCollectorContext.collector": "",
     },
     "sglang.srt.layers.radix_attention": {
-        "RadixAttention.__init__": "self logit_cap v_head_dim sliding_window_size is_cross_attention attn_type",
+        "RadixAttention.__init__": (
+            "self logit_cap v_head_dim sliding_window_size is_cross_attention attn_type"
+        ),
         "AttentionType.DECODER": "",
     },
     "sglang.srt.layers.rotary_embedding.base": {
