@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from sglang_vlkv import config, publisher
-from sglang_vlkv.attention import COUNTERPARTS
+from sglang_vlkv.attention import COUNTERPARTS, takes
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def register_resolution() -> None:
 
 def _choose_attention_backend(server_args, previous) -> None:
     """Where the operator named no backend, SGLang picks one for the hardware, which may have no
-    ragged counterpart."""
+    ragged counterpart, or none for the model's heads."""
     from sglang.srt.arg_groups.model_override_base import get_default_attn_backend, model_config_of
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view, use_mla_backend
 
@@ -59,7 +59,8 @@ def _choose_attention_backend(server_args, previous) -> None:
         declare_resolution(server_args, "sglang_vlkv", attention_backend="torch_native")
     elif not chosen and cfg.device == "cuda":
         uses_mla, model = use_mla_backend(server_args), model_config_of(server_args)
-        if get_default_attn_backend(server_args, uses_mla, model) not in COUNTERPARTS["cuda"]:
+        default = get_default_attn_backend(server_args, uses_mla, model)
+        if default not in COUNTERPARTS["cuda"] or not takes(default, model.head_dim):
             declare_resolution(server_args, "sglang_vlkv", attention_backend="triton")
     previous(server_args)
 

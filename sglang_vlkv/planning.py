@@ -45,7 +45,7 @@ class Planner:
         tags = torch.full_like(ids, Modality.TEXT, dtype=torch.uint8)
         tags[torch.isin(ids, self._special)] = Modality.SYSTEM
         for item in items_of(req):
-            tags[holds(item, ids)] = MODALITIES[item.modality]
+            tags[holds(req, item, ids)] = MODALITIES[item.modality]
         ends = torch.isin(ids, self._end_of_turn).nonzero().flatten().tolist()
         # The last message of a chat is closed too, so the newest turn follows the one before it.
         positions = req.multimodal_inputs.mrope_positions if req.multimodal_inputs else None

@@ -200,6 +200,12 @@ USES = {
         "SchedulerMetricsCollectorContext.current_scheduler_metrics_enabled": "",
         "SchedulerMetricsCollectorContext.collector": "",
     },
+    "sglang.srt.layers.radix_attention": {
+        "RadixAttention.__init__": (
+            "self logit_cap v_head_dim sliding_window_size is_cross_attention attn_type"
+        ),
+        "AttentionType.DECODER": "",
+    },
     "sglang.srt.layers.rotary_embedding.base": {
         "RotaryEmbedding.__init__": "self head_size rotary_dim is_neox_style",
     },

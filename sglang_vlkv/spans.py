@@ -31,15 +31,23 @@ def prompt_ids(req: Req) -> torch.Tensor:
     """Token ids with placeholders expanded and replaced by ids of each item's own, ``[n]`` int64.
 
     These say where an item is also where its spans are not stated (LLaVA) or no longer true (a
-    session that cut its history).
+    session that cut its history). Only the models that SGLang serves with Transformers' code keep
+    the placeholders.
     """
     return torch.frombuffer(req.origin_input_ids, dtype=torch.int64)
 
 
-def holds(item: MultimodalDataItem, ids: torch.Tensor) -> torch.Tensor:
-    """Which of ``ids`` are the item's own, ``[n]`` bool."""
+def holds(req: Req, item: MultimodalDataItem, ids: torch.Tensor) -> torch.Tensor:
+    """Which of ``ids`` are the item's own, or else placeholders inside its spans, ``[n]`` bool."""
     own = [value for value in item.padding_values() if value is not None]
-    return torch.isin(ids, torch.tensor(own, dtype=torch.int64))
+    here = torch.isin(ids, torch.tensor(own, dtype=torch.int64))
+    inputs = req.multimodal_inputs
+    tokens = {SglangModality.IMAGE: inputs.im_token_id, SglangModality.VIDEO: inputs.video_token_id}
+    token = tokens.get(item.modality)
+    if token is not None and not here.any():
+        for first, last in item.offsets or ():
+            here[first : last + 1] = ids[first : last + 1] == token
+    return here
 
 
 def visual_spans(req: Req) -> list[dict]:
@@ -57,7 +65,7 @@ def visual_spans(req: Req) -> list[dict]:
             alike.setdefault(item.padding_values(), []).append(item)
     found = []
     for items in alike.values():
-        positions = holds(items[0], ids).nonzero().flatten()
+        positions = torch.stack([holds(req, item, ids) for item in items]).any(0).nonzero().flatten()
         for item, own in zip(items, positions.tensor_split(len(items))):
             if len(own):
                 modality = MODALITIES[item.modality].name.lower()

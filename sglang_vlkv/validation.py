@@ -9,7 +9,7 @@ from sglang.srt.configs.hybrid_arch import mambaish_config
 from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.utils.common import get_bool_env_var
 
-from sglang_vlkv.attention import COUNTERPARTS
+from sglang_vlkv.attention import COUNTERPARTS, HEAD_DIMS, takes
 from sglang_vlkv.metrics import LABELS
 from sglang_vlkv.radix import BACKEND
 
@@ -40,6 +40,7 @@ def refuse(cfg, model_config) -> None:
 
 def _model_refusals(model, cfg) -> list[Refusal]:
     other = "Serve a model with plain multi-head or grouped-query attention"
+    backend = cfg.decode_attention_backend or cfg.attention_backend
     return [
         Refusal(
             model.attention_arch == AttentionArch.MLA,
@@ -77,6 +78,12 @@ def _model_refusals(model, cfg) -> list[Refusal]:
             f"the model's {model.get_total_num_kv_heads()} KV heads would be replicated and the "
             "replicas would keep different tokens",
             f"Use --tp-size {model.get_total_num_kv_heads()} or less",
+        ),
+        Refusal(
+            not takes(backend, model.head_dim),
+            f"attention heads of {model.head_dim} under --attention-backend {backend}",
+            f"its kernels are made for heads of {' or '.join(map(str, HEAD_DIMS.get(backend, ())))}",
+            "Use --attention-backend triton",
         ),
     ]
 

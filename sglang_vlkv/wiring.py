@@ -66,12 +66,14 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
     """After ``Scheduler.__init__``: the parts that need the whole scheduler.
 
     Raises:
-        RuntimeError: SGLang did not build what was registered; serving would go uncompressed.
+        RuntimeError: SGLang did not build what was registered, and serving would go uncompressed; or the
+            model's attention is more than ours.
     """
     settings = _settings()
     if settings is None:
         return
     from sglang_vlkv import plugin
+    from sglang_vlkv.attention.layers import unserved
     from sglang_vlkv.compaction import Compactor
     from sglang_vlkv.planning import Planner
     from sglang_vlkv.pool import CellPool
@@ -96,6 +98,12 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         raise RuntimeError(
             "--kv-policy is set but SGLang runs " + "; ".join(wrong) + ". Another plugin may have "
             "replaced these; list the plugins to load in SGLANG_PLUGINS, or use --kv-policy none."
+        )
+    beyond = unserved(scheduler.tp_worker.model_runner.model)
+    if beyond:
+        raise RuntimeError(
+            f"--kv-policy cannot serve a model that {beyond}: its kernels compute softmax attention over "
+            "the rows that a request kept and nothing else. Serve another model, or use --kv-policy none."
         )
     has_rope = scheduler.tp_worker.model_runner.attn_backend.rope is not None
     if settings.policy.needs_rope and not has_rope:

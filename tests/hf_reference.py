@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.prompts import Prompt
 from tests.serving import CHECKPOINT
@@ -15,15 +16,20 @@ torch.set_num_threads(1)  # threads that wait for each other starve the servers 
 
 
 class Reference:
-    """The example checkpoint in float32 with eager attention."""
+    """A checkpoint in float32 with eager attention."""
 
-    def __init__(self) -> None:
-        self.processor = AutoProcessor.from_pretrained(CHECKPOINT)
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            CHECKPOINT, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+    def __init__(self, checkpoint: Path = CHECKPOINT) -> None:
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.use(
+            AutoModelForImageTextToText.from_pretrained(
+                checkpoint, dtype=torch.float32, attn_implementation="eager"
+            )
+        )
+
+    def use(self, model) -> None:
+        self.model = model.eval()
         config = self.model.config
-        self.visual_ids = (config.image_token_id, config.video_token_id)
+        self.visual_ids = (config.image_token_id, getattr(config, "video_token_id", None))
         text = config.get_text_config()
         self.num_layers = text.num_hidden_layers
         self.num_heads, self.num_kv_heads = text.num_attention_heads, text.num_key_value_heads

@@ -35,6 +35,35 @@ for flags in json.loads(sys.argv[1]):
 """
 
 
+# Of google/gemma-3-4b-it, as published: five layers of six slide.
+GEMMA_3 = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "image_token_index": 262144,
+    "eos_token_id": [1, 106],
+    "mm_tokens_per_image": 256,
+    "torch_dtype": "bfloat16",
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
 SLIDING = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
 REFUSED = {  # by what is said
     "--page-size": ["--page-size", "16"],
@@ -55,6 +84,7 @@ REFUSED = {  # by what is said
     "sliding-window": ["--model-path", "sliding"],
     "--kv-events-endpoint is 'udp://*:5558'; it must be": ["--kv-events-endpoint", "udp://*:5558"],
     "192.0.2.1:5558 cannot be bound": ["--kv-events-endpoint", "tcp://192.0.2.1:5558"],
+    "a model with sliding-window or chunked attention layers: they drop rows": ["--model-path", "gemma-3"],
 }
 MODEL = ["--model-path", str(CHECKPOINT)]
 VLCACHE = [*MODEL, "--kv-policy", "vlcache"]
@@ -94,6 +124,8 @@ def done(tmp_path_factory) -> dict[str, Future]:
     """Processes that mostly import, by name; two at a time."""
     folder, other = tmp_path_factory.mktemp("flags"), tmp_path_factory.mktemp("other")
     checkpoint_like(folder / "sliding", text_config=SLIDING)
+    (folder / "gemma-3").mkdir()
+    (folder / "gemma-3" / "config.json").write_text(json.dumps(GEMMA_3))
     (folder / "policy.json").write_text('{"p": 0.02, "modality_floors": {"text": 1.0}}')
     ours = "kv-policy: vlcache\nkv-budget: 0.2\nkv-events-endpoint: ipc://events\n"
     (folder / "server.yaml").write_text(f"model-path: {CHECKPOINT}\n{ours}")

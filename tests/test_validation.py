@@ -9,13 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.configs import FalconH1Config, Qwen3NextConfig
 from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.server_args import ServerArgs
+from torch import nn
 from transformers import Qwen2Config
 
+from flashinfer_ext.decode import check_heads
 from sglang_vlkv import report
-from sglang_vlkv.attention import COUNTERPARTS
+from sglang_vlkv.attention import COUNTERPARTS, takes
+from sglang_vlkv.attention.layers import unserved
 from sglang_vlkv.config import add_flags
 from sglang_vlkv.radix import BACKEND
 from sglang_vlkv.validation import refuse
@@ -45,6 +50,7 @@ def model(**settings) -> SimpleNamespace:
         sliding_window_size=None,
         is_encoder_decoder=False,
         is_generation=True,
+        head_dim=128,
         get_total_num_kv_heads=lambda: 2,
     )
     assert set(settings) <= set(defaults)
@@ -219,6 +225,43 @@ def test_server_settings_are_refused(settings, asked, instead, known_flags):
 def test_models_are_refused(settings, asked, known_flags):
     message = refusal(Arguments(**SERVABLE), model(**settings))
     assert_helps(message, asked, "Serve a", known_flags)
+
+
+def test_heads_that_flashinfer_has_no_kernels_for_are_refused_under_it_alone(known_flags):
+    gpu = SERVABLE | dict(device="cuda", attention_backend="flashinfer")
+    for head_dim in range(8, 264, 8):
+        if takes("flashinfer", head_dim):
+            check_heads(4, 2, head_dim, torch.float16, torch.float16)
+            refuse(Arguments(**gpu), model(head_dim=head_dim))
+            continue
+        with pytest.raises(ValueError):
+            check_heads(4, 2, head_dim, torch.float16, torch.float16)
+        message = refusal(Arguments(**gpu), model(head_dim=head_dim))
+        assert_helps(message, f"heads of {head_dim}", "--attention-backend triton", known_flags)
+    for backend in ("triton", "fa3"):
+        refuse(Arguments(**gpu | dict(attention_backend=backend)), model(head_dim=80))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, ""),
+        (dict(logit_cap=30.0), "caps attention logits at 30.0 (layers.1.attn)"),
+        (dict(sliding_window_size=512), "a window of 512 rows"),
+        (dict(v_head_dim=64), "keys of 128 and values of 64"),
+        (dict(is_cross_attention=True), "more than the rows before it"),
+        (dict(attn_type=AttentionType.DECODER_BIDIRECTIONAL), "more than the rows before it"),
+    ],
+)
+def test_attention_that_is_more_than_ours_is_noticed(settings, said):
+    layers = [nn.Module(), nn.Module()]
+    for index, layer in enumerate(layers):
+        layer.attn = RadixAttention(4, 128, 0.1, 2, index, **settings if index else {})
+    model = nn.Module()
+    model.layers = nn.ModuleList(layers)
+    assert unserved(model) == "" if not said else said in unserved(model)
+    layers[0].attn.xai_temperature_len = 1024
+    assert "temperature" in unserved(model)
 
 
 @pytest.mark.parametrize("name", VARIABLES)

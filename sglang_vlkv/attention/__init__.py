@@ -11,3 +11,11 @@ COUNTERPARTS = {
         "triton": "sglang_vlkv.attention.triton.RaggedTritonBackend",
     },
 }
+
+# Sizes of a head that a counterpart's kernels are compiled for; the others take any.
+HEAD_DIMS = {"flashinfer": (64, 128, 256)}
+
+
+def takes(backend: str | None, head_dim: int) -> bool:
+    """Whether what serves ``backend`` has kernels for heads of this size."""
+    return head_dim in HEAD_DIMS.get(backend, (head_dim,))

@@ -126,7 +126,7 @@ def build(
     )
     weights = None
     if write_weights:
-        weights = _vision_weights(seed, hidden_size) | _language_weights(
+        weights = _vision_weights(seed, hidden_size) | language_weights(
             seed,
             num_layers,
             hidden_size,
@@ -232,8 +232,8 @@ def write_checkpoint(
         weights: Named as in Qwen's own checkpoints; stored in the config's ``torch_dtype``.
         words: Strings that are one token each, with ids from 264 on after those of their prefixes.
     """
-    _write_json(out_dir / "config.json", config)
-    _write_json(
+    write_json(out_dir / "config.json", config)
+    write_json(
         out_dir / "generation_config.json",
         {
             "bos_token_id": TOKEN_ID["<|endoftext|>"],
@@ -243,19 +243,31 @@ def write_checkpoint(
         },
     )
     _write_processors(out_dir)
-    _write_tokenizer(out_dir, config["text_config"]["max_position_embeddings"], words)
-    weights_path = out_dir / "model.safetensors"
+    write_tokenizer(
+        out_dir,
+        SPECIAL_TOKENS,
+        CHAT_TEMPLATE,
+        words,
+        # Transformers' Qwen2 class brings its own splitting, which parts a digit from its space.
+        tokenizer_class="PreTrainedTokenizerFast" if words else "Qwen2TokenizerFast",
+        processor_class="Qwen2_5_VLProcessor",
+        model_max_length=config["text_config"]["max_position_embeddings"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    write_weights(out_dir / "model.safetensors", weights, config["torch_dtype"])
+
+
+def write_weights(path: Path, weights: dict[str, torch.Tensor] | None, dtype: str) -> None:
+    """Store ``weights`` in ``dtype``; None only removes what is there."""
     # A stale file of another shape must not survive a rebuild.
-    weights_path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     if weights is not None:
-        weights = {
-            name: tensor.to(getattr(torch, config["torch_dtype"])).contiguous()
-            for name, tensor in weights.items()
-        }
-        weights_path.write_bytes(save(weights, metadata={"format": "pt"}))
+        weights = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.items()}
+        path.write_bytes(save(weights, metadata={"format": "pt"}))
 
 
-class _Sampler:
+class Sampler:
     """Random tensors, float32 on the CPU, in an order fixed by the calls."""
 
     def __init__(self, seed: int) -> None:
@@ -271,7 +283,7 @@ class _Sampler:
 
 def _vision_weights(seed: int, out_hidden: int) -> dict[str, torch.Tensor]:
     """The vision tower, named as in Qwen's own checkpoints."""
-    sample = _Sampler(2 * seed)
+    sample = Sampler(2 * seed)
     dim, mlp = VISION_HIDDEN, VISION_INTERMEDIATE
     merged = dim * MERGE_SIZE**2
     pixels = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
@@ -305,7 +317,7 @@ def _vision_weights(seed: int, out_hidden: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _language_weights(
+def language_weights(
     seed: int,
     num_layers: int,
     hidden: int,
@@ -313,20 +325,31 @@ def _language_weights(
     kv_dim: int,
     intermediate: int,
     attention_scale: float,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    bias: bool = True,
+    norm_dim: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """The language model, named as in Qwen's own checkpoints; ``q_dim`` is heads x head_dim."""
-    sample = _Sampler(2 * seed + 1)
+    """A decoder, named as Llama's and Qwen's own checkpoints name it.
+
+    Args:
+        q_dim, kv_dim: heads x head_dim of the queries, and of the keys and values.
+        attention_scale: as in :func:`build`.
+        bias: whether queries, keys and values have one (Qwen2).
+        norm_dim: head_dim where queries and keys are normalised head by head (Qwen3), else 0.
+    """
+    sample = Sampler(2 * seed + 1)
     # q.k / sqrt(head_dim) has standard deviation gain_q * gain_k.
     gain_qk = math.sqrt(attention_scale)
-    lm_head = sample.linear(VOCAB_SIZE, hidden, gain=3.0)
+    lm_head = sample.linear(vocab_size, hidden, gain=3.0)
     # Logits of all but printable ASCII and newline are small: greedy output is readable, seldom
     # ends early and never holds a visual placeholder.
-    printable = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    printable = torch.zeros(vocab_size, dtype=torch.bool)
     printable[0x20:0x7F] = True
     printable[0x0A] = True
     lm_head[~printable] *= 0.1
     weights = {
-        "model.embed_tokens.weight": sample.normal(VOCAB_SIZE, hidden),
+        "model.embed_tokens.weight": sample.normal(vocab_size, hidden),
         "model.norm.weight": torch.ones(hidden),
         "lm_head.weight": lm_head,
     }
@@ -336,7 +359,10 @@ def _language_weights(
         weights[f"{block}.post_attention_layernorm.weight"] = torch.ones(hidden)
         for name, width, gain in (("q", q_dim, gain_qk), ("k", kv_dim, gain_qk), ("v", kv_dim, 1.0)):
             weights[f"{block}.self_attn.{name}_proj.weight"] = sample.linear(width, hidden, gain)
-            weights[f"{block}.self_attn.{name}_proj.bias"] = sample.normal(width, std=0.2)
+            if bias:
+                weights[f"{block}.self_attn.{name}_proj.bias"] = sample.normal(width, std=0.2)
+            if norm_dim and name != "v":
+                weights[f"{block}.self_attn.{name}_norm.weight"] = torch.full((norm_dim,), gain_qk)
         # A larger gain lets the context's mean drown the rest, and greedy decoding cycles.
         weights[f"{block}.self_attn.o_proj.weight"] = sample.linear(hidden, q_dim)
         weights[f"{block}.mlp.gate_proj.weight"] = sample.linear(intermediate, hidden, gain=1.4)
@@ -364,41 +390,48 @@ def vocab_size(words: tuple[str, ...]) -> int:
     return VOCAB_SIZE + len(merges_of(words))
 
 
-def _write_tokenizer(out_dir: Path, model_max_length: int, words: tuple[str, ...] = ()) -> None:
-    """A byte-level BPE: one token per UTF-8 byte, ``SPECIAL_TOKENS``, and the merges of ``words``."""
+def write_tokenizer(
+    out_dir: Path,
+    special_tokens: tuple[str, ...],
+    chat_template: str,
+    words: tuple[str, ...] = (),
+    **settings: object,
+) -> None:
+    """A byte-level BPE: one token per UTF-8 byte, ``special_tokens``, and the merges of ``words``.
+
+    Args:
+        settings: of ``tokenizer_config.json``.
+    """
+    special_ids = {token: 256 + i for i, token in enumerate(special_tokens)}
     vocab = {char: byte for byte, char in enumerate(_byte_chars())}
     merges = merges_of(words)
     if merges:
-        vocab |= TOKEN_ID
-        vocab |= {left + right: VOCAB_SIZE + i for i, (left, right) in enumerate(merges)}
+        vocab |= special_ids
+        first = 256 + len(special_ids)
+        vocab |= {left + right: first + i for i, (left, right) in enumerate(merges)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+        [AddedToken(token, special=True, normalized=False) for token in special_tokens]
     )
     tokenizer.save(str(out_dir / "tokenizer.json"))
-    _write_json(out_dir / "vocab.json", vocab)
+    write_json(out_dir / "vocab.json", vocab)
     (out_dir / "merges.txt").write_text(
         "".join(f"{line}\n" for line in ("#version: 0.2", *(" ".join(merge) for merge in merges)))
     )
-    _write_json(
+    write_json(
         out_dir / "tokenizer_config.json",
-        {
-            # Transformers' Qwen2 class brings its own splitting, which parts a digit from its space.
-            "tokenizer_class": "PreTrainedTokenizerFast" if merges else "Qwen2TokenizerFast",
-            "processor_class": "Qwen2_5_VLProcessor",
-            "model_max_length": model_max_length,
+        settings
+        | {
             "add_bos_token": False,
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": False,
             "bos_token": None,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
             "unk_token": None,
-            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+            "additional_special_tokens": list(special_tokens[1:]),
             "added_tokens_decoder": {
                 str(token_id): {
                     "content": token,
@@ -408,11 +441,11 @@ def _write_tokenizer(out_dir: Path, model_max_length: int, words: tuple[str, ...
                     "single_word": False,
                     "special": True,
                 }
-                for token, token_id in TOKEN_ID.items()
+                for token, token_id in special_ids.items()
             },
         },
     )
-    (out_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (out_dir / "chat_template.jinja").write_text(chat_template)
 
 
 def _byte_chars() -> list[str]:
@@ -441,17 +474,17 @@ def _write_processors(out_dir: Path) -> None:
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "size": {"shortest_edge": 4 * area, "longest_edge": 4096 * area},
     }
-    _write_json(
+    write_json(
         out_dir / "preprocessor_config.json",
         {"image_processor_type": "Qwen2VLImageProcessorFast"} | common,
     )
-    _write_json(
+    write_json(
         out_dir / "video_preprocessor_config.json",
         {"video_processor_type": "Qwen2VLVideoProcessor"} | common,
     )
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
