@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Callable
 
 import pytest
 import requests
@@ -30,13 +34,19 @@ MIXED = [
     {"kv_policy": "lookm"},
     {"kv_policy": "elastic"},
 ]
+LOCKSTEP = [
+    {"kv_policy": "vlkv", "kv_policy_config": {"draft_tokens": 4}},
+    {"kv_policy": "h2o", "kv_policy_config": {"decode": "fixed_point"}},
+    {"kv_policy": "prefixkv", "kv_policy_config": {"merge": "bucket_mean"}},
+    {"kv_policy": "snapkv", "kv_policy_config": {"merge": "similar"}},
+]
 
 
-def mixed_bodies(first: int, length: int) -> list[dict]:
-    """Twelve requests, each with a picture of its own."""
+def bodies_for(first: int, customs: list[dict], length: int) -> list[dict]:
+    """A request for each of ``customs``, with a picture of its own."""
     bodies = []
-    for index, custom in enumerate(MIXED * 2):
-        rng = random.Random(first + index)
+    for seed, custom in enumerate(customs, first):
+        rng = random.Random(seed)
         prompt = Prompt(words(rng, 10), [picture(rng, 28 * rng.randint(16, 18), 28 * 17)])
         bodies.append(prompt.body(length, custom=custom | POSITIONS))
     return bodies
@@ -103,6 +113,52 @@ def test_a_twin_is_cut_to_the_rows_that_all_ranks_have(two_ranks):
     assert prefix(other)["rows_lost"] == lost > 0
 
 
+def interrupted(server: Server, bodies: list[dict], interrupt: Callable[[], None]) -> list[dict]:
+    """Answers to ``bodies`` at once; ``interrupt`` is called when all of them have begun to decode."""
+    decoding = Barrier(len(bodies), interrupt)
+
+    def one(body: dict) -> dict:
+        url, body = server.url + "/generate", body | {"stream": True}
+        with requests.post(url, json=body, stream=True, timeout=300) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines), next(lines)  # the second token comes from kept rows
+            decoding.wait(300)
+            *_, last, _ = lines  # b"data: [DONE]" ends the stream
+        return json.loads(last.removeprefix(b"data: "))
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(one, bodies))
+
+
+def test_ranks_stay_in_lockstep(two_ranks, any_policy, tolerance):
+    """Retractions, an abort, chunks, drafts, merging and sliding rows, in one batch."""
+    bodies = bodies_for(500, LOCKSTEP, 150)
+    expected = any_policy.many(bodies)
+    [gone] = bodies_for(600, [{"kv_policy": "elastic"}], 5000)
+    two_ranks.flush()
+    before = ranks(two_ranks)["digest"]
+
+    def interrupt() -> None:
+        assert two_ranks.post("/pause_generation", {"mode": "retract"}).status_code == 200
+        two_ranks.post("/abort_request", {"rid": "gone"})
+        two_ranks.post("/continue_generation", {})
+
+    *answers, aborted = interrupted(two_ranks, [*bodies, gone | {"rid": "gone"}], interrupt)
+    assert aborted["meta_info"]["finish_reason"]["type"] == "abort"
+    retracted = [answer for answer in answers if report(answer)["retractions"]]
+    assert len(retracted) >= 2
+    assert {prefix(answer)["kind"] for answer in retracted} == {"twin"}, "its outputs were selected from"
+    for one, two in zip(expected, answers, strict=True):
+        alike(one, two)
+        assert report(one)["draft_rows"] == report(two)["draft_rows"]
+    assert report(answers[0])["draft_rows"] == 4
+    # Rounding grows over merged rows.
+    assert_same(expected, answers, 10 * tolerance, "two ranks, retracted")
+    assert ranks(two_ranks)["digest"] != before
+    two_ranks.flush()
+    assert (twins(two_ranks)["twins"], twins(two_ranks)["slots"]) == (0, 0)
+
+
 SKEWED = """
 import torch.distributed
 from sglang_vlkv.policies.uniform import Uniform
@@ -161,7 +217,7 @@ def replicas():
 
 def test_replicas_answer_as_one_server_does(replicas, any_policy, tolerance):
     """Every draft goes to the replica that its request goes to."""
-    bodies = mixed_bodies(600, 24)
+    bodies = bodies_for(600, MIXED * 2, 24)
     expected, answers = any_policy.many(bodies, workers=4), replicas.many(bodies, workers=8)
     assert_same(expected, answers, 10 * tolerance, "two replicas")
     assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
