@@ -132,7 +132,7 @@ def interrupted(server: Server, bodies: list[dict], interrupt: Callable[[], None
 
 def test_ranks_stay_in_lockstep(two_ranks, any_policy, tolerance):
     """Retractions, an abort, chunks, drafts, merging and sliding rows, in one batch."""
-    bodies = bodies_for(500, LOCKSTEP, 150)
+    bodies = bodies_for(500, LOCKSTEP, 250)
     expected = any_policy.many(bodies)
     [gone] = bodies_for(600, [{"kv_policy": "elastic"}], 5000)
     two_ranks.flush()
@@ -146,7 +146,7 @@ def test_ranks_stay_in_lockstep(two_ranks, any_policy, tolerance):
     *answers, aborted = interrupted(two_ranks, [*bodies, gone | {"rid": "gone"}], interrupt)
     assert aborted["meta_info"]["finish_reason"]["type"] == "abort"
     retracted = [answer for answer in answers if report(answer)["retractions"]]
-    assert len(retracted) >= 2
+    assert retracted
     assert {prefix(answer)["kind"] for answer in retracted} == {"twin"}, "its outputs were selected from"
     for one, two in zip(expected, answers, strict=True):
         alike(one, two)
