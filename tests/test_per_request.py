@@ -106,6 +106,8 @@ BAD = [
     ({"kv_policy": "h2o", "kv_policy_config": {"ratio": 1}}, ["kv_policy_config", "ratio", "h2o", "budget"]),
     ({"kv_policy": "h2o", "kv_policy_config": {"importance": "sum"}}, ["importance", "'sum'", "window"]),
     ({"kv_policy_config": [1]}, ["custom_params.kv_policy_config", "an object"]),
+    ({"kv_policy_config": []}, ["custom_params.kv_policy_config", "an object"]),
+    ({"kv_policy_config": -0.0}, ["custom_params.kv_policy_config", "an object"]),
     ({"kv_policy_config": {"allow_override": False}}, ["allow_override"]),
     ({"kv_budgets": 0.1}, ["custom_params.kv_budgets", "kv_budget", "kv_policy_config", "kv_report"]),
     ({"kv_policy": "none", "kv_budget": 0.5}, ["custom_params.kv_budget", "0.5", "name another"]),

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.common import context, note
-
 from tests.chaos import report
 from tests.chaos.catalogue import DEFAULT, MIN_PROMPT, answered
 from tests.chaos.malformed import BRING_DOWN_STOCK, all_cases, options, raw
@@ -57,7 +56,7 @@ def main() -> int:
     parser.add_argument("--conversations", type=int, default=80, help="in the catalogue")
     parser.add_argument("--processes", type=int, default=4, help="of clients")
     parser.add_argument("--clients", type=int, default=6, help="requests at once, per process")
-    parser.add_argument("--pool", type=int, default=1400, help="slots")
+    parser.add_argument("--pool", type=int, default=1000, help="slots")
     parser.add_argument("--twins", choices=["off", "resume"], default="resume")
     parser.add_argument("--mixed", action="store_true", help="with --enable-mixed-chunk")
     parser.add_argument("--kills", type=int, default=2, help="in the first quarter")

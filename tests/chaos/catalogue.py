@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 from sglang_vlkv.policies import policies
-
 from tests.chaos.plan import Alone, Spec
 from tests.conversation import Conversation, evict_exact_kv
 from tests.prompts import CLIP, picture, words

@@ -22,7 +22,7 @@ from tests.chaos.plan import Plan, Raw, Spec
 # How often each is drawn.
 ACTIONS = {
     "ask": 72, "several": 5, "sampled": 3, "abort": 4, "hang up": 5, "hang up at once": 3, "slow reader": 1,
-    "malformed": 9, "raw": 1.5, "pause": 0.7, "flush": 1.5, "abort all": 0.3, "look": 1,
+    "malformed": 9, "raw": 1.5, "pause": 0.5, "flush": 1.5, "abort all": 0.1, "look": 1,
 }  # fmt: skip
 PAUSES = ("in_place", "retract", "abort")
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
@@ -123,8 +123,8 @@ class Clients:
     async def by_chat(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict | None]:
         body = {
             "model": "m", "messages": spec.messages, "max_tokens": spec.max_new_tokens, "temperature": 0,
-            "ignore_eos": True, "custom_params": spec.custom, "return_meta_info": not stream, "stream": stream,
-            "rid": rid,
+            "ignore_eos": True, "custom_params": spec.custom, "return_meta_info": not stream,
+            "stream": stream, "rid": rid,
         }  # fmt: skip
         answer, heard = await self.answer(url, "/v1/chat/completions", body)
         if not stream:

@@ -14,9 +14,9 @@ from functools import cache
 from typing import Iterator
 
 from PIL import Image
+
 from sglang_vlkv.base import Policy
 from sglang_vlkv.policies import policies
-
 from tests.chaos.plan import Malformed, Raw
 from tests.prompts import CLIP, draw_prompt
 from tests.serving import Server, data_url, user_turn
@@ -372,6 +372,8 @@ def custom_params() -> Iterator[Malformed]:
     deep: dict = {}
     for _ in range(300):
         deep = {"a": deep}
+    for name, value in {"an empty list": [], "no text": "", "false": False, "0": 0}.items():
+        yield asked(name, value)
     yield asked("a list", [1])
     yield asked("a string", "x")
     yield asked("a number", 3)

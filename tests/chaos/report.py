@@ -6,13 +6,14 @@ from collections import Counter
 from statistics import median
 
 import numpy as np
-from benchmarks.common import table
 
+from benchmarks.common import table
 from tests.chaos.judge import BOUNDS, EQUAL, WRONG
 from tests.chaos.plan import Malformed
 from tests.chaos.storm import Storm
 
-GRACE = 5.0  # seconds in which what an outage or an abort did to a request may still reach its client
+GRACE = 5.0  # seconds in which what an outage did to a request may still reach its client
+DELAY = 2.0  # and what an abort of all did to it
 GROWTH = 0.05  # most that a process's memory may grow from the middle third of a soak to the last
 SOAK = 600.0  # seconds from which on that says something
 
@@ -83,7 +84,7 @@ def problems(storm: Storm, cases: dict[str, Malformed], statuses: dict[str, dict
     found += [f"{len(storm.crashes)} servers ended by themselves"] * bool(storm.crashes)
     outages = [(outage["at"] - GRACE, outage["back"] + GRACE) for outage in storm.outages]
     cuts = outages + [
-        (event["began"] - GRACE, event["ended"] + GRACE)
+        (event["began"] - DELAY, event["ended"] + DELAY)
         for event in storm.events
         if event["action"] == "abort all" or event.get("mode") == "abort"
     ]
