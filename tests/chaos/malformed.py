@@ -396,7 +396,7 @@ def custom_params() -> Iterator[Malformed]:
 
 def options() -> Iterator[Malformed]:
     """Every option of every policy with every wrong value, and with some that are only extreme."""
-    picture = draw_prompt(3, "image")
+    body = draw_prompt(3, "image").body(2)
     extreme = {"0": 0, "1": 1, "2": 2, "2**31 - 1": 2**31 - 1, "1e-300": 1e-300, "nothing": "", "no list": []}
     common = {option.name for option in dataclasses.fields(Policy)}
     for policy in policies().values():
@@ -404,8 +404,9 @@ def options() -> Iterator[Malformed]:
         for option in own if policy.name == "vlkv" else [name for name in own if name not in common]:
             for name, value in (WRONG | extreme).items():
                 config = {"kv_policy": policy.name, "kv_policy_config": {option: value}}
-                body = encoded(picture.body(2, custom=config))
-                yield Malformed(f"option/{policy.name} {option} {name}", body, odd=True, ours=True)
+                asked = body | {"sampling_params": body["sampling_params"] | {"custom_params": config}}
+                case = f"option/{policy.name} {option} {name}"
+                yield Malformed(case, encoded(asked), odd=True, ours=True)
 
 
 def raw() -> Iterator[Raw]:
