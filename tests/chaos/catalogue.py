@@ -50,7 +50,7 @@ def answered(server: Server, seed: int, conversations: int, pool: int) -> list[S
 def behind_its_twin(server: Server, spec: Spec, pool: int) -> Alone | None:
     """What it is answered when its own twin is there and its exact KV is not."""
     server.flush()
-    ask(server, spec)
+    server.many([spec.request(max_new_tokens=2)])
     evict_exact_kv(server, pool)
     again = ask(server, spec)
     whole = again.found == spec.alone.prompt_tokens - 1 and again.prefix == "twin"
@@ -58,7 +58,8 @@ def behind_its_twin(server: Server, spec: Spec, pool: int) -> Alone | None:
 
 
 def converse(server: Server, rng: random.Random, name: str) -> list[Spec]:
-    """The turns of one conversation, each asked cold; the next goes on from its answer."""
+    """The turns of one conversation, each asked cold; the next goes on from its answer. Every other first
+    turn is also asked of another policy, which must not see what the one left."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     count = {"text": 0, "video": 0, "images": rng.randint(2, 3)}.get(kind, 1)
     low, high = (5, 7) if kind == "images" else (8, 11)
@@ -74,10 +75,15 @@ def converse(server: Server, rng: random.Random, name: str) -> list[Spec]:
         messages = [*messages, {"role": "user", "content": content(question, *shown)}]
         spec = Spec(f"{name}-{kind}-{turn}", said.body(length, custom=custom | POSITIONS), messages)
         server.flush()
-        spec.alone = ask(server, spec)
+        spec.alone, asked = ask(server, spec), said
         said = said.answered({"text": spec.alone.text})
         messages = [*messages, {"role": "assistant", "content": spec.alone.text}]
         specs.append(spec)
+        if turn == 0 and spec.shows and rng.random() < 0.5:
+            otherwise = asked.body(length, custom=draw_custom(rng) | POSITIONS)
+            specs.append(Spec(f"{name}-{kind}-otherwise", otherwise, spec.messages))
+            server.flush()
+            specs[-1].alone = ask(server, specs[-1])
     return specs
 
 

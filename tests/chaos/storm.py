@@ -21,6 +21,7 @@ from tests.conversation import twins
 from tests.serving import Server
 
 KILLS = ("scheduler", "all")
+ROLES = ("tokenizer", "scheduler", "detokenizer")
 SERVERS_END = 30.0  # seconds in which the others end when one of a server's processes was killed
 
 
@@ -67,15 +68,11 @@ class Supervisor:
         self.server.stop()
 
     def family(self) -> dict[str, psutil.Process]:
-        """The server's processes by role."""
+        """The server's processes by role; it starts its scheduler first, then its detokenizer."""
         parent = psutil.Process(self.server.process.pid)
-        found = {"tokenizer": parent}
-        for child in parent.children(recursive=True):
-            name = child.name()
-            role = next((role for role in ("scheduler", "detokenizer") if role in name.lower()), None)
-            if role:
-                found[role] = child
-        return found
+        children = [c for c in parent.children() if "resource_tracker" not in " ".join(c.cmdline())]
+        children.sort(key=psutil.Process.create_time)
+        return dict(zip(ROLES, [parent, *children], strict=False))
 
     def sample(self) -> None:
         """Resident memory of every process."""
