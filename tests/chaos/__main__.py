@@ -77,7 +77,7 @@ def main() -> int:
     spared = {name: case for name, case in cases.items() if name not in {*ends, *BRING_DOWN_STOCK}}
     note(f"{len(ends)} of them bring it down; {len(spared)} to ours")
     ours = statuses(partial(Server, *tight), list(spared.values()))
-    both = {name: {"ours": ours.get(name, "not sent"), "stock": stock.get(name)} for name in cases}
+    both = {name: {"ours": ours.get(name, report.NOT_SENT), "stock": stock.get(name)} for name in cases}
     asked = {name: known for name, known in both.items() if name in ours}
 
     note(f"{args.conversations} conversations, each alone")
@@ -99,12 +99,9 @@ def main() -> int:
         "policies": dict(Counter(spec.alone.policy for spec in specs)),
         "summary": report.summary(storm),
         "problems": found,
-        "malformed": {
-            name: known | {"fault": report.fault(cases[name], **known) if name in ours else "upstream"}
-            for name, known in both.items()
-        },
-        "unequal": [event for event in storm.events if event.get("verdict", "equal") != "equal"][:200],
-        "memory": storm.memory,
+        "malformed": report.malformed(both, cases),
+        "unequal": [event for event in storm.events if event.get("verdict", "equal") != "equal"][:100],
+        "memory": report.thinned(storm.memory),
     }
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")

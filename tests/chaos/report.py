@@ -15,6 +15,7 @@ from tests.chaos.storm import Storm
 GRACE = 5.0  # seconds in which what an outage did to a request may still reach its client
 DELAY = 2.0  # and what an abort of all did to it
 GROWTH = 0.05  # most that a process's memory may grow from the middle third of a soak to the last
+NOT_SENT = "not sent"  # to our server: it brings the stock server down
 SOAK = 600.0  # seconds from which on that says something
 
 
@@ -137,6 +138,21 @@ def fault(case: Malformed, ours: int | str, stock: int | str) -> str:
     return "upstream" if ours == stock and not case.ours else "ours"
 
 
+def malformed(statuses: dict[str, dict], cases: dict[str, Malformed]) -> dict:
+    """For the record: how many were refused by both servers, and what both did with the others."""
+    others = {
+        name: known | {"fault": "upstream" if known["ours"] == NOT_SENT else fault(cases[name], **known)}
+        for name, known in statuses.items()
+    }
+    others = {name: known for name, known in others.items() if known["fault"]}
+    return {"sent": len(statuses), "as they should be": len(statuses) - len(others), "others": others}
+
+
+def thinned(memory: list[dict]) -> list[dict]:
+    """For the record: some fifty samples of each process."""
+    return [{role: points[:: len(points) // 50 + 1] for role, points in server.items()} for server in memory]
+
+
 def text(record: dict) -> str:
     """The record for readers."""
     counts = record["summary"]
@@ -158,9 +174,8 @@ def text(record: dict) -> str:
     ]
     header = ["memory", "seconds", "MiB first", "largest", "MiB per hour", "last third above the middle"]
     parts.append(table(header, lines))
-    lines = [
-        [n, str(s["ours"]), str(s["stock"]), s["fault"]] for n, s in record["malformed"].items() if s["fault"]
-    ]
+    others = record["malformed"]["others"]
+    lines = [[name, str(s["ours"]), str(s["stock"]), s["fault"]] for name, s in others.items()]
     parts.append(table(["malformed, not refused", "ours", "stock", "whose"], lines))
     parts.append("\n".join(record["problems"]) or "No problems.")
     return "\n\n".join(parts)
