@@ -70,8 +70,8 @@ class Supervisor:
     def family(self) -> dict[str, psutil.Process]:
         """The server's processes by role; it starts its scheduler first, then its detokenizer."""
         parent = psutil.Process(self.server.process.pid)
-        children = [c for c in parent.children() if "resource_tracker" not in " ".join(c.cmdline())]
-        children.sort(key=psutil.Process.create_time)
+        children = sorted(parent.children(), key=psutil.Process.create_time)
+        children = [child for child in children if not tracks_resources(child)]
         return dict(zip(ROLES, [parent, *children], strict=False))
 
     def sample(self) -> None:
@@ -97,7 +97,10 @@ class Supervisor:
         """SIGKILL of the scheduler, or of all processes at once, and a new server."""
         outage = {"what": what, "at": time.time()}
         if what == "scheduler":
-            self.family()["scheduler"].kill()
+            scheduler = self.family()["scheduler"]
+            if scheduler.status() == psutil.STATUS_ZOMBIE:
+                self.storm.crashes.append(self.server.log()[-3000:])
+            scheduler.kill()
             deadline = time.time() + SERVERS_END
             while self.server.alive() and time.time() < deadline:
                 time.sleep(0.2)
@@ -135,6 +138,14 @@ class Supervisor:
         left = twins(server)
         calm |= {"twins": left["twins"], "twin slots": left["slots"], "hits": left["hits"]}
         calm |= slots(server)
+
+
+def tracks_resources(process: psutil.Process) -> bool:
+    """Whether it is multiprocessing's, which serves nobody."""
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.ZombieProcess:
+        return False
 
 
 def slots(server: Server) -> dict:
