@@ -258,12 +258,14 @@ class Clients:
 
     async def malformed(self, url: str, rid: str) -> dict:
         case = self.rng.choice(self.plan.malformed)
-        told = {"case": case.name}
-        async with self.session.request(
-            case.method, url + case.path, data=case.body, headers=case.headers
-        ) as reply:
-            await reply.read()
-        return told | {"outcome": "answered" if reply.status == 200 else "refused", "status": reply.status}
+        request = self.session.request(case.method, url + case.path, data=case.body, headers=case.headers)
+        try:
+            async with request as reply:
+                await reply.read()
+        except TimeoutError:
+            return {"case": case.name, "outcome": "stuck"}
+        outcome = "answered" if reply.status == 200 else "refused"
+        return {"case": case.name, "outcome": outcome, "status": reply.status}
 
     async def raw(self, url: str, rid: str) -> dict:
         case = self.rng.choice(self.plan.raw)

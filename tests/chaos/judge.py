@@ -78,4 +78,4 @@ def alike(kept: list, other: list | None) -> bool:
     heads = list(zip(sum(kept, []), sum(other, []), strict=True))
     if any(len(a) != len(b) for a, b in heads):
         return False
-    return min(len(set(a) & set(b)) / len(a) for a, b in heads) >= 0.9
+    return all(len(set(a) & set(b)) >= 0.9 * len(a) for a, b in heads)

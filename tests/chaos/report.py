@@ -90,7 +90,7 @@ def problems(storm: Storm, cases: dict[str, Malformed], statuses: dict[str, dict
         if event["action"] == "abort all" or event.get("mode") == "abort"
     ]
     for event in storm.events:
-        name = f"{event['rid']} ({event['action']})"
+        name = f"{event['rid']} ({event.get('case', event['action'])})"
         span = event["began"], event["ended"]
         if event["outcome"] == "stuck" and not overlaps(span, outages):
             found.append(f"{name} had no end")
