@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 
@@ -172,3 +173,12 @@ def test_a_draft_needs_one_prompt_and_one_choice(any_policy):
     two["sampling_params"]["n"] = 2
     response = any_policy.post("/generate", two)
     assert response.status_code == 400 and "draft_tokens" in response.json()["error"]["message"]
+
+
+def test_a_stream_that_ends_before_its_prompt_is_looked_at_ends_like_others(any_policy):
+    """SGLang looks two seconds later whether its client is still there."""
+    before = len(any_policy.log())
+    refused = body(PICTURES[0], "best") | {"stream": True}
+    assert "custom_params.kv_policy" in any_policy.post("/generate", refused).text
+    time.sleep(2.5)
+    assert "Traceback" not in any_policy.log()[before:]
