@@ -26,13 +26,15 @@ from tests.serving import ROOT, Server, environment
 
 ROOMY = 3_000  # slots of the server that answers alone
 STOCK = {"SGLANG_PLUGINS": "vlkv_cpu"}
+# Of what is free when a server starts, which on a busy machine is anything; the pool is sized by its slots.
+MEMORY = ("--mem-fraction-static", "0.9")
 
 
 def flags(pool: int, twins: str, *more: str, **config) -> tuple[str, ...]:
     """Of a server whose requests may choose their policy."""
     config = {"allow_override": True, "twins": twins, "min_prompt_tokens": MIN_PROMPT} | config
     config = "--kv-policy", DEFAULT, "--kv-policy-config", json.dumps(config)
-    return "--max-total-tokens", str(pool), *config, *more
+    return "--max-total-tokens", str(pool), *MEMORY, *config, *more
 
 
 def statuses(start, cases: list[Malformed]) -> dict[str, int | str]:
@@ -71,7 +73,7 @@ def main() -> int:
     cases = {case.name: case for case in [*all_cases(), *options()]}
     note(f"{len(cases)} malformed requests to the stock server")
     trusted = SPARED if args.trust else ()
-    start_stock = partial(Server, "--max-total-tokens", str(args.pool), env=STOCK)
+    start_stock = partial(Server, "--max-total-tokens", str(args.pool), *MEMORY, env=STOCK)
     stock = dict.fromkeys(trusted, "not sent")
     stock |= statuses(start_stock, [c for c in cases.values() if not c.ours and c.name not in trusted])
     fatal = SPARED.union(name for name, status in stock.items() if not isinstance(status, int))
