@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=6, help="requests at once, per process")
     parser.add_argument("--pool", type=int, default=1000, help="slots")
     parser.add_argument("--twins", choices=["off", "resume"], default="resume")
+    parser.add_argument("--drafts", action="store_true", help="with policies that draft")
     parser.add_argument("--mixed", action="store_true", help="with --enable-mixed-chunk")
     parser.add_argument("--kills", type=int, default=2, help="in the first quarter")
     parser.add_argument("--trust", action="store_true", help="what the stock server is known not to survive")
@@ -85,7 +86,7 @@ def main() -> int:
 
     note(f"{args.conversations} conversations, each alone")
     with Server(*flags(ROOMY, "fallback", max_twins=1.0)) as server:
-        specs = answered(server, args.seed, args.conversations, ROOMY)
+        specs = answered(server, args.seed, args.conversations, ROOMY, args.drafts)
     Server.prefork.stop()
     Server.prefork = None
     note(f"the storm: {len(specs)} prompts, at most {args.requests} requests or {args.minutes} minutes")

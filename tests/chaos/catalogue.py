@@ -16,7 +16,7 @@ CHOSEN = [name for name in policies() if name not in ("none", "given")]
 DEFAULT = "vlcache"  # the server's own
 
 
-def draw_custom(rng: random.Random) -> dict:
+def draw_custom(rng: random.Random, drafts: bool) -> dict:
     """A policy with a budget and options; a third of all take what the server runs."""
     if rng.random() < 0.3:
         return {}
@@ -27,20 +27,21 @@ def draw_custom(rng: random.Random) -> dict:
         "decode": rng.choice(["append", "append", "fixed_point"]),
         "sink_tokens": rng.choice([0, 0, 2]),
     }
-    if policies()[name].can_draft and rng.random() < 0.25:
+    if drafts and policies()[name].can_draft and rng.random() < 0.25:
         options["draft_tokens"] = 4
     return {"kv_policy": name, "kv_budget": rng.choice([0.05, 0.1, 0.3]), "kv_policy_config": options}
 
 
-def answered(server: Server, seed: int, conversations: int, pool: int) -> list[Spec]:
+def answered(server: Server, seed: int, conversations: int, pool: int, drafts: bool = False) -> list[Spec]:
     """The catalogue: ``conversations``, most of a single turn, with the answers given alone.
 
     Args:
         server: idle, under ``twins`` fallback, with ``pool`` slots.
+        drafts: some policies draft.
     """
     specs = []
     for index in range(conversations):
-        specs += converse(server, random.Random(f"chaos{seed}-{index}"), str(index))
+        specs += converse(server, random.Random(f"chaos{seed}-{index}"), str(index), drafts)
     for spec in specs:
         if spec.alone.policy != "none":
             spec.resumed = behind_its_twin(server, spec, pool)
@@ -57,7 +58,7 @@ def behind_its_twin(server: Server, spec: Spec, pool: int) -> Alone | None:
     return again if whole else None
 
 
-def converse(server: Server, rng: random.Random, name: str) -> list[Spec]:
+def converse(server: Server, rng: random.Random, name: str, drafts: bool) -> list[Spec]:
     """The turns of one conversation, each asked cold; the next goes on from its answer. Every other first
     turn is also asked of another policy, which must not see what the one left."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -65,7 +66,7 @@ def converse(server: Server, rng: random.Random, name: str) -> list[Spec]:
     low, high = (5, 7) if kind == "images" else (8, 11)
     images = [picture(rng, 28 * rng.randint(low, high), 28 * rng.randint(low, high)) for _ in range(count)]
     film = CLIP if kind == "video" else None
-    custom = draw_custom(rng)
+    custom = draw_custom(rng, drafts)
     said, messages, specs = Conversation(), [], []
     for turn in range(rng.randint(2, 3) if kind == "turns" else 1):
         question = words(rng, rng.randint(10, 30) if kind == "text" else rng.randint(2, 8))
@@ -80,7 +81,7 @@ def converse(server: Server, rng: random.Random, name: str) -> list[Spec]:
         messages = [*messages, {"role": "assistant", "content": spec.alone.text}]
         specs.append(spec)
         if turn == 0 and spec.shows and rng.random() < 0.5:
-            otherwise = asked.body(length, custom=draw_custom(rng) | POSITIONS)
+            otherwise = asked.body(length, custom=draw_custom(rng, drafts) | POSITIONS)
             specs.append(Spec(f"{name}-{kind}-otherwise", otherwise, spec.messages))
             server.flush()
             specs[-1].alone = ask(server, specs[-1])
