@@ -68,7 +68,7 @@ def main() -> int:
     args = parser.parse_args()
     mixed = ("--enable-mixed-chunk", "--chunked-prefill-size", "128") if args.mixed else ()
     tight = flags(args.pool, args.twins, "--schedule-conservativeness", "0.01", *mixed)
-    record = context({}, *tight) | {"arguments": {k: str(v) for k, v in vars(args).items()}}
+    record = context({}, *tight) | {"arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}}
 
     Server.prefork = Prefork(ROOT, environment())  # not for the storm
     cases = {case.name: case for case in [*all_cases(), *options()]}

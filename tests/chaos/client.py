@@ -41,7 +41,8 @@ class Clients:
 
     async def run(self) -> None:
         timeout = aiohttp.ClientTimeout(total=self.plan.deadline)
-        connector = aiohttp.TCPConnector(limit=0)
+        # Not kept alive: a server may close an idle connection just as the next request goes out.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as self.session:
             await asyncio.gather(*(self.work() for _ in range(self.plan.clients)))
 
