@@ -178,7 +178,8 @@ def test_a_draft_needs_one_prompt_and_one_choice(any_policy):
 def test_a_stream_that_ends_before_its_prompt_is_looked_at_ends_like_others(any_policy):
     """SGLang looks two seconds later whether its client is still there."""
     before = len(any_policy.log())
-    refused = body(PICTURES[0], "best") | {"stream": True}
-    assert "custom_params.kv_policy" in any_policy.post("/generate", refused).text
+    refused = body(PICTURES[0], "vlkv", draft_tokens=8) | {"stream": True}
+    refused["sampling_params"]["n"] = 2
+    assert "draft_tokens serves one prompt" in any_policy.post("/generate", refused).text
     time.sleep(2.5)
     assert "Traceback" not in any_policy.log()[before:]
