@@ -128,7 +128,7 @@ class Settings:
         name = asked.get("kv_policy", self.policy.name)
         words = f"one of {', '.join(self.choices)}"
         require(name in self.choices, "custom_params.kv_policy", name, words)
-        options = asked.get("kv_policy_config") or {}
+        options = {} if asked.get("kv_policy_config") is None else asked["kv_policy_config"]
         words = "an object of options"
         require(isinstance(options, dict), "custom_params.kv_policy_config", options, words)
         budget = asked.get("kv_budget")

@@ -31,6 +31,8 @@ def draft_of(custom_params: dict | None) -> Draft:
 
 async def generate(original, manager, obj, request, settings):
     """``TokenizerManager.generate_request``, behind a draft where the request's policy wants one."""
+    # SGLang asks this when a stream ends, also where it ended before SGLang has set it.
+    obj.is_single = not isinstance(getattr(obj, "rid", None), list)
     params = getattr(obj, "sampling_params", None) or {}
     batch = params if isinstance(params, list) else [params]
     customs = [(one or {}).get("custom_params") or {} for one in batch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 
@@ -106,6 +107,8 @@ BAD = [
     ({"kv_policy": "h2o", "kv_policy_config": {"ratio": 1}}, ["kv_policy_config", "ratio", "h2o", "budget"]),
     ({"kv_policy": "h2o", "kv_policy_config": {"importance": "sum"}}, ["importance", "'sum'", "window"]),
     ({"kv_policy_config": [1]}, ["custom_params.kv_policy_config", "an object"]),
+    ({"kv_policy_config": []}, ["custom_params.kv_policy_config", "an object"]),
+    ({"kv_policy_config": -0.0}, ["custom_params.kv_policy_config", "an object"]),
     ({"kv_policy_config": {"allow_override": False}}, ["allow_override"]),
     ({"kv_budgets": 0.1}, ["custom_params.kv_budgets", "kv_budget", "kv_policy_config", "kv_report"]),
     ({"kv_policy": "none", "kv_budget": 0.5}, ["custom_params.kv_budget", "0.5", "name another"]),
@@ -170,3 +173,13 @@ def test_a_draft_needs_one_prompt_and_one_choice(any_policy):
     two["sampling_params"]["n"] = 2
     response = any_policy.post("/generate", two)
     assert response.status_code == 400 and "draft_tokens" in response.json()["error"]["message"]
+
+
+def test_a_stream_that_ends_before_its_prompt_is_looked_at_ends_like_others(any_policy):
+    """SGLang looks two seconds later whether its client is still there."""
+    before = len(any_policy.log())
+    refused = body(PICTURES[0], "vlkv", draft_tokens=8) | {"stream": True}
+    refused["sampling_params"]["n"] = 2
+    assert "draft_tokens serves one prompt" in any_policy.post("/generate", refused).text
+    time.sleep(2.5)
+    assert "Traceback" not in any_policy.log()[before:]
