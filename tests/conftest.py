@@ -21,6 +21,7 @@ from tests.serving import ROOT, TRAINED, Server, environment, free_port
 POOL = ("--max-total-tokens", "24000")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Under pytest-xdist: one worker holds the servers that modules share, and a module with servers of
     its own stays in one piece; everything else goes wherever there is room."""
