@@ -138,6 +138,8 @@ class TwinRadixCache(UnifiedRadixCache):
                 return None  # retracted before its first token, which only exact KV gives again
             if (own := self._own_hit(state.left, limit)) is not None:
                 return own
+        if mode == RESUME and state.asked.writes_draft:
+            return None  # how it votes must not depend on whether an earlier answer's rows are still there
         whole = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
         exact = self.tree_core.match_full_device_prefix(whole)[0]
         for hit in self.twins.find(state.space, tokens, limit, beyond=exact + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,7 +39,10 @@ def random_checkpoint() -> Path:
         path.parent.mkdir(exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=path.parent))
         build.build(unfinished)
-        unfinished.replace(path)
+        try:
+            unfinished.replace(path)
+        except OSError:  # another process was faster
+            shutil.rmtree(unfinished)
     return path
 
 

@@ -425,6 +425,20 @@ def test_resume_answers_the_same_prompt_and_no_new_turn(fleet, tolerance):
     assert prefix(other)["kind"] == "cold" and twins(server)["slots"] > 0
 
 
+def test_a_draft_votes_the_same_whether_a_twin_is_there_or_not(fleet):
+    """It would say what the kept rows say, not what the prompt says."""
+    server = fleet["resume"]
+    server.flush()
+    custom = {"kv_policy": "vlcache", "kv_policy_config": {"draft_tokens": 4}} | POSITIONS
+    bodies = [draw_prompt(77, "image").body(8, custom=custom)]
+    [first] = server.many(bodies)
+    evict_exact_kv(server, FLEET["resume"][0])
+    [again] = server.many(bodies)
+    assert report(first)["draft_rows"] == report(again)["draft_rows"] == 4
+    assert prefix(again)["kind"] == "exact", "the draft computed the prompt"
+    assert report(again)["positions"] == report(first)["positions"]
+
+
 def test_twins_take_no_more_than_the_operator_allows(fleet):
     server, most = fleet["resume"], int(FLEET["resume"][0] * FLEET["resume"][1]["max_twins"])
     server.flush()

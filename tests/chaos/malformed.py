@@ -33,7 +33,7 @@ BRING_DOWN_STOCK = {
     "field/logprob_start_len 0", "field/top_logprobs_num 1", "field/top_logprobs_num 3", "chat/top_logprobs",
     "completions/prompt ids", "completions/logprobs",
 }  # fmt: skip
-# What is never answered, and makes SGLang's next pause of mode "abort" wait for ever, and all others with it.
+# What is probably never answered; SGLang's next pause of mode "abort" then waits for ever, and all with it.
 HANG_STOCK = {"media/300 placeholders"}
 SPARED = BRING_DOWN_STOCK | HANG_STOCK
 
