@@ -22,7 +22,7 @@ from tests.chaos.malformed import SPARED, all_cases, options, raw
 from tests.chaos.plan import Malformed, Plan
 from tests.chaos.storm import probe, rage
 from tests.prefork import Prefork
-from tests.serving import ROOT, Server, environment
+from tests.serving import LEAK_CHECKS, ROOT, SMALL_SERVER, Server, environment
 
 ROOMY = 3_000  # slots of the server that answers alone
 STOCK = {"SGLANG_PLUGINS": "vlkv_cpu"}
@@ -68,7 +68,10 @@ def main() -> int:
     args = parser.parse_args()
     mixed = ("--enable-mixed-chunk", "--chunked-prefill-size", "128") if args.mixed else ()
     tight = flags(args.pool, args.twins, "--schedule-conservativeness", "0.01", *mixed)
-    record = context({}, *tight) | {"arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}}
+    record = context({}, *tight) | {
+        "environment": SMALL_SERVER | LEAK_CHECKS,
+        "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"},
+    }
 
     Server.prefork = Prefork(ROOT, environment())  # not for the storm
     cases = {case.name: case for case in [*all_cases(), *options()]}
