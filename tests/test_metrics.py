@@ -270,9 +270,9 @@ def test_aborted_requests_and_health_checks_have_not_finished(server):
 
     def abort(server: Server) -> list[dict]:
         with ThreadPoolExecutor(1) as aside:
+            compacted = Scrape(server)(PREFIX + "compactions_total")
             answer = aside.submit(server.post, "/generate", body)
             deadline = time.monotonic() + 60
-            compacted = Scrape(server)(PREFIX + "compactions_total")
             while Scrape(server)(PREFIX + "compactions_total") == compacted:
                 assert time.monotonic() < deadline
             server.post("/abort_request", {"rid": "aborted"})

@@ -70,7 +70,7 @@ def test_the_tables_are_complete(any_policy):
     seen = set()
     for custom in ({"kv_policy": "h2o", "kv_report": "positions"}, None):
         seen |= set(report(any_policy.post("/generate", generate(IMAGE, custom)).json()))
-    assert seen - {"reason"} == listed
+    assert seen - {"reason"} == listed - {"ranks"}  # of several ranks only
 
 
 def test_the_limits_are_those_of_the_code():
