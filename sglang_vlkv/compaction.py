@@ -307,6 +307,7 @@ class Compactor:
             all_or_nothing=state.plan.policy.merge != "none",
             lasting=lasting,
             sparsity=item.sparsity,
+            voted=state.voted,
         )
 
     def _fill(self, twin: Twin, slots: torch.Tensor, item: Gathered) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from sglang_vlkv import config
 
 WRITES, READS = "_vlkv_writes_draft", "_vlkv_reads_draft"  # custom_params that only we set
+ATTEMPTS = 3  # of a draft that keeps being retracted
 
 
 class Draft(NamedTuple):
@@ -55,16 +56,19 @@ async def generate(original, manager, obj, request, settings):
     name, custom = uuid.uuid4().hex, customs[0]
     # One id for both, so that aborting the request aborts whichever of them runs.
     obj.rid = obj.rid or name
-    draft = copy.copy(obj)
-    draft.stream, draft.return_logprob = False, False
-    draft.sampling_params = params | {
-        "max_new_tokens": length, "min_new_tokens": 0, "temperature": 0.0, "n": 1,
-        "custom_params": {key: value for key, value in custom.items() if key != "kv_report"} | {WRITES: name},
-    }  # fmt: skip
-    async for response in original(manager, draft, request):
-        if (response["meta_info"].get("finish_reason") or {}).get("type") == "abort":
-            yield response | {"text": "", "output_ids": []}
-            return
+    for _ in range(ATTEMPTS):
+        draft = copy.copy(obj)
+        draft.stream, draft.return_logprob = False, False
+        draft.sampling_params = params | {
+            "max_new_tokens": length, "min_new_tokens": 0, "temperature": 0.0, "n": 1,
+            "custom_params": {key: value for key, value in custom.items() if key != "kv_report"} | {WRITES: name},
+        }  # fmt: skip
+        async for response in original(manager, draft, request):
+            if (response["meta_info"].get("finish_reason") or {}).get("type") == "abort":
+                yield response | {"text": "", "output_ids": []}
+                return
+        if not response["meta_info"].get("num_retractions"):
+            break  # else it has left nothing
     replica = response["meta_info"].get("dp_rank")
     if replica is not None:  # what the draft has left is there
         obj.routed_dp_rank = replica

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from typing import Callable, NamedTuple
 
+PREFIX_KINDS = ("cold", "exact", "twin", "shared")  # where a request's prefix came from
+
 
 class Compacted(NamedTuple):
     """A prompt's exact rows have been replaced by the kept ones.

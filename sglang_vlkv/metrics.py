@@ -10,7 +10,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang_vlkv import events
 from sglang_vlkv.base import Modality
 from sglang_vlkv.config import NONE
-from sglang_vlkv.requests import PREFIX_KINDS, REASONS
+from sglang_vlkv.requests import REASONS
 
 PREFIX = "sglang_vlkv_"  # SGLang's own begin with "sglang:"
 LABELS = ("policy", "prefix", "reason", "modality")  # ours, beside SGLang's
@@ -128,7 +128,7 @@ class Metrics:
             self._kept_of(modality.name.lower())
         for name in {policy, NONE}:
             self._retractions(name)
-        for prefix in PREFIX_KINDS:
+        for prefix in events.PREFIX_KINDS:
             self._prefix_tokens(prefix)
             for name in {policy, NONE}:
                 self._finished(name, prefix)

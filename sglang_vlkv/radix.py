@@ -144,7 +144,7 @@ class TwinRadixCache(UnifiedRadixCache):
         exact = self.tree_core.match_full_device_prefix(whole)[0]
         for hit in self.twins.find(state.space, tokens, limit, beyond=exact + 1):
             reaches = hit.covered if mode == PREFER else hit.lossy_end
-            if reaches > exact and (mode != RESUME or self._is_whole_prompt(req, hit)):
+            if reaches > exact and (mode != RESUME or self._is_same_selection(req, state, hit)):
                 return hit
         return None
 
@@ -155,6 +155,10 @@ class TwinRadixCache(UnifiedRadixCache):
                 return None
             hit = Hit(hit.twin.parent, hit.twin.start, hit.twin.parent_rows)
         return hit
+
+    def _is_same_selection(self, req: Req, state: RequestState, hit: Hit) -> bool:
+        """``req`` would keep the rows that the twin holds."""
+        return self._is_whole_prompt(req, hit) and hit.twin.voted == self.requests.draft_for(state).tokens
 
     @staticmethod
     def _is_whole_prompt(req: Req, hit: Hit) -> bool:
@@ -229,6 +233,8 @@ class TwinRadixCache(UnifiedRadixCache):
             own = 0 if state.pending else max(0, n - state.first_own)
             state.kept_slots = -(-rows // self.pool.layer_num) + own
         self.ranks.note("hit", req.rid, hit.covered, hit.rows, twin.key[-1])
+        if self._is_whole_prompt(req, hit):
+            state.voted = twin.voted
         self.hold(req, state, twin, hit.rows)
         self.requests.sees(state)
         self.twins.hits += 1
@@ -304,7 +310,7 @@ class TwinRadixCache(UnifiedRadixCache):
         """Who may use what ``state`` leaves; nobody else where more than the path has shaped it."""
         skips = req.skip_radix_cache_insert if state.twin is None else state.skips_insert
         due = bool(state.asked.reads_draft) and state.plan.compacts
-        ordinary = not (skips or state.asked.writes_draft or (due and not state.draft_rows))
+        ordinary = not (skips or state.asked.writes_draft or (due and not state.voted))
         return state.space if ordinary else (*state.space, req.rid)
 
     def _leave(self, req: Req, state: RequestState) -> Hit:
@@ -354,6 +360,7 @@ class TwinRadixCache(UnifiedRadixCache):
             all_or_nothing=bool(state.sliding),
             slides=slides,
             sparsity=parent.sparsity,
+            voted=parent.voted,
         )
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
@@ -370,6 +377,9 @@ class TwinRadixCache(UnifiedRadixCache):
             self._limit()
         if self.watchers and state.row is not None:
             self.watchers.tell(self._released(req, state))
+        aborted = isinstance(req.finished_reason, FINISH_ABORT)
+        if state.drafted and req.finished() and not (aborted or req.retraction_count):
+            self.requests.leave_draft(state, req.output_ids)
         self.requests.release_row(state)
         if req.finished():  # else it is prefilled again
             self.requests.drop_draft(state)

@@ -53,7 +53,7 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "budget": policy.budget,
         "config": repr(policy),
         "voting_rows": state.plan.num_computed if policy.votes else 0,
-        "draft_rows": state.draft_rows,
+        "draft_rows": len(state.voted),
         "sparsity_per_layer": state.twin.sparsity,
         "kept_per_layer": [layer.shape[1] for layer in kept],
         "kept_per_modality": dict(zip(own, rows, strict=True)),

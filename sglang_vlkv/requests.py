@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +18,6 @@ from sglang_vlkv.base import LayerScores, Policy, Prompt
 from sglang_vlkv.device_rows import DeviceRows
 from sglang_vlkv.twins import Hit, Twin
 
-PREFIX_KINDS = ("cold", "exact", "twin", "shared")
 REASONS = (
     "no_visual", "short_prompt", "full_budget", "first_token", "not_in_prompt", "beam_search",
     "no_rope", "refused",
@@ -87,6 +86,13 @@ class Plan:
         return self.prompt.num_tokens if self.policy.observes else self.num_voting
 
 
+class Drafted(NamedTuple):
+    """What a draft leaves: its first output tokens, and per layer their queries ``[T, Hq, D]``."""
+
+    tokens: tuple[int, ...] = ()
+    queries: dict[int, torch.Tensor] = {}
+
+
 @dataclass
 class RequestState:
     """One request, from its admission to its end.
@@ -96,7 +102,7 @@ class RequestState:
         plan: what happens to the tokens that are computed; ``asked`` where no twin covers any.
         space: which twins it may use.
         row: the ``req_to_token`` row it holds, or None.
-        prefix_kind: where its prefix came from, of :data:`PREFIX_KINDS`.
+        prefix_kind: where its prefix came from, of :data:`events.PREFIX_KINDS`.
         prefix_tokens: prompt tokens that its last prefill found computed.
         hit, hit_plan: the twin that its next prefill goes on from, and what follows from that.
         left: where its path ended when its row was released, to go on from after a retraction.
@@ -105,7 +111,7 @@ class RequestState:
             window may straddle chunks.
         seen: per layer, what the policy has observed of the prompt so far.
         drafted: per layer, the queries of its output tokens, where it writes a draft.
-        draft_rows: drafted queries that voted for its rows.
+        voted: the drafted tokens whose queries voted for its rows.
         scores: per layer, once its last chunk has run.
         cells: per layer, the cells of the compacted rows that it sees, ``[num_kept[l]]`` int32; None
             while all is exact. Without the sliding rows, where there are any.
@@ -139,7 +145,7 @@ class RequestState:
     queries: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     seen: dict[int, object] = field(default_factory=dict)
     drafted: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    draft_rows: int = 0
+    voted: tuple[int, ...] = ()
     scores: dict[int, LayerScores] = field(default_factory=dict)
     cells: list[torch.Tensor] | None = None
     max_cells: int = 0
@@ -178,7 +184,7 @@ class Requests:
         self.on_device: DeviceRows | None = None
         self._by_request: WeakKeyDictionary[object, RequestState] = WeakKeyDictionary()
         self._by_row: dict[int, RequestState] = {}
-        self._drafts: OrderedDict[str, dict[int, torch.Tensor]] = OrderedDict()
+        self._drafts: OrderedDict[str, Drafted] = OrderedDict()
 
     def get(self, request) -> RequestState | None:
         return self._by_request.get(request)
@@ -229,22 +235,23 @@ class Requests:
             del self._by_row[state.row]
             if self.on_device is not None:
                 self.on_device.clear(state.row)
-        if state.drafted:
-            self._leave_draft(state)
         state.row, state.cells, state.hit, state.pending = None, None, None, False
         state.queries, state.seen, state.drafted, state.scores = {}, {}, {}, {}
 
-    def _leave_draft(self, state: RequestState) -> None:
-        rows = state.plan.policy.draft_tokens
-        self._drafts[state.plan.writes_draft] = {
-            layer: torch.cat(queries[:rows]) for layer, queries in state.drafted.items()
-        }
-        while sum(q.nbytes for draft in self._drafts.values() for q in draft.values()) > MAX_DRAFT_BYTES:
+    def leave_draft(self, state: RequestState, output_ids: list[int]) -> None:
+        """``state`` writes a draft and has ended with ``output_ids``, never retracted."""
+        # Whether the last one's query was computed depends on what else was running.
+        tokens = tuple(output_ids[:-1][: state.plan.policy.draft_tokens])
+        if not tokens:
+            return
+        queries = {layer: torch.cat(rows[: len(tokens)]) for layer, rows in state.drafted.items()}
+        self._drafts[state.plan.writes_draft] = Drafted(tokens, queries)
+        while sum(q.nbytes for left in self._drafts.values() for q in left.queries.values()) > MAX_DRAFT_BYTES:
             self._drafts.popitem(last=False)
 
-    def draft_for(self, state: RequestState, layer: int) -> torch.Tensor | None:
-        """Queries ``[T, Hq, D]`` that a draft has left for ``state``; None where there are none."""
-        return self._drafts.get(state.plan.reads_draft, {}).get(layer)
+    def draft_for(self, state: RequestState) -> Drafted:
+        """What a draft has left for ``state``; nothing where none has."""
+        return self._drafts.get(state.plan.reads_draft, Drafted())
 
     def drop_draft(self, state: RequestState) -> None:
         """``state`` has ended, and nobody else reads its draft."""

@@ -59,6 +59,7 @@ class Twin:
         slides: of a request under fixed-point elimination.
         lasting: it outlives the requests that read it, and a lookup may return it.
         sparsity: per layer, as it was measured for its selection.
+        voted: the drafted tokens whose queries voted for its selection.
         key, node: where the tree keeps it.
         holders: live requests that read it, through a later piece or directly.
         children: pieces that stand on it.
@@ -78,6 +79,7 @@ class Twin:
     slides: Slides | None = None
     lasting: bool = True
     sparsity: list[float] | None = None
+    voted: tuple[int, ...] = ()
     key: array = field(default_factory=lambda: array("q"))
     node: int = 0
     holders: int = 0
@@ -293,7 +295,7 @@ class Twins:
                 self._by_node.move_to_end(piece.node)
 
     def same(self, twin: Twin) -> Twin | None:
-        """A twin with the same rows as the new ``twin``: of one space and path, on one parent."""
+        """A twin with the same rows as the new ``twin``: of one space, draft and path, on one parent."""
         for other in self._same.get(_identity(twin), ()):
             if other.tokens == twin.tokens and other.slides is None and twin.slides is None:
                 return other
@@ -329,7 +331,7 @@ class Twins:
 
 
 def _identity(twin: Twin) -> tuple:
-    return twin.space, twin.start, twin.end, hash(twin.tokens.tobytes()), id(twin.parent)
+    return twin.space, twin.voted, twin.start, twin.end, hash(twin.tokens.tobytes()), id(twin.parent)
 
 
 def _blocks(space: tuple, tokens: array) -> list[int]:

@@ -171,6 +171,19 @@ def watched(fleet, tmp_path_factory) -> Watched:
     return watch(fleet["fallback"], FLEET["fallback"][0], tmp_path_factory.mktemp("watched") / "events.jsonl")
 
 
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """A browser, of which ``get_log("browser")`` is the console."""
+    from tests import browser
+
+    paths = shutil.which("chromium"), shutil.which("chromedriver")
+    if not all(paths):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    driver = browser.start(*paths, tmp_path_factory.mktemp("browser"))
+    yield driver
+    driver.quit()
+
+
 @pytest.fixture(scope="session")
 def hugging_face():
     from tests.hf_reference import Reference

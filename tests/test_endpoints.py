@@ -54,7 +54,10 @@ def vertex(prompt: Prompt, custom: object) -> dict:
 
 
 def chat(prompt: Prompt, custom: object) -> dict:
-    picture = {"type": "image_url", "image_url": {"url": data_url(prompt.images[0])}}
+    return conversation({"type": "image_url", "image_url": {"url": data_url(prompt.images[0])}}, prompt, custom)
+
+
+def conversation(picture: dict, prompt: Prompt, custom: object) -> dict:
     content = [picture, {"type": "text", "text": prompt.text}]
     return {
         "model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 6,
@@ -77,12 +80,8 @@ def responses(prompt: Prompt, custom: object) -> dict:
 
 def messages(prompt: Prompt, custom: object) -> dict:
     data = data_url(prompt.images[0]).split(",")[1]
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
-    content = [picture, {"type": "text", "text": prompt.text}]
-    return {
-        "model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 6,
-        "temperature": 0, "custom_params": custom,
-    }  # fmt: skip
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    return conversation({"type": "image", "source": source}, prompt, custom)
 
 
 def ollama_chat(prompt: Prompt, custom: object) -> dict:

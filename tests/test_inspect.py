@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -28,7 +27,6 @@ from sglang_vlkv.inspect.ask import Answer, ask, expanded
 from sglang_vlkv.inspect.heat import ALL, DIM, TINT, Choice, Kept, colours, paint
 from sglang_vlkv.inspect.subject import Subject
 from sglang_vlkv.tinyvlm import tasks
-from tests import browser
 from tests.prompts import CLIP, picture
 from tests.serving import ROOT
 
@@ -192,16 +190,6 @@ def test_the_page_is_one_valid_file_and_what_is_not_ours_is_text():
     assert (data["tokens"][0], data["tokens"][-1]) == ("</script>", "\\n")
     assert "kept 20.0 of 69 tokens per layer (29.0%)" in seen.texts["li"]
     assert "5.0 kB of 20.0 kB" in seen.texts["li"] and "VLCache(<b>)" in seen.texts["p"]
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    paths = shutil.which("chromium"), shutil.which("chromedriver")
-    if not all(paths):
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    driver = browser.start(*paths, tmp_path_factory.mktemp("browser"))
-    yield driver
-    driver.quit()
 
 
 PIXELS = """

@@ -23,7 +23,7 @@ BELOW = {
     "device_rows": {"kernels"},
     "events": set(),
     "publisher": {"events"},
-    "monitor": {"monitor", "publisher"},
+    "monitor": {"events", "monitor", "publisher"},
     "requests": {"base", "twins", "device_rows"},
     "config": {"base", "policies"},
 }

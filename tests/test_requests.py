@@ -12,7 +12,7 @@ from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.merging import merge as merged
 from sglang_vlkv.policies.vlcache import VLCache
 from sglang_vlkv.pool import CellPool
-from sglang_vlkv.requests import Plan, Requests
+from sglang_vlkv.requests import Drafted, Plan, Requests
 
 
 class Request:
@@ -75,10 +75,25 @@ def test_drafted_queries_are_there_until_the_weights_may_be_others():
     reader = requests.add(Request(), Plan(PROMPT, policy, reads_draft="d"))
     requests.take_row(draft, 0)
     draft.drafted = {0: [torch.ones(1, 8, 100)] * 3}
-    requests.release_row(draft)
-    assert requests.draft_for(reader, 0).shape == (2, 8, 100)
+    requests.leave_draft(draft, [5, 6, 7])
+    assert requests.draft_for(reader).tokens == (5, 6)
+    assert requests.draft_for(reader).queries[0].shape == (2, 8, 100)
     requests.drop_drafts()
-    assert requests.draft_for(reader, 0) is None
+    assert requests.draft_for(reader) == Drafted()
+
+
+def test_the_last_token_of_a_draft_never_votes():
+    """Overlap scheduling may have computed its query, and may not."""
+    requests = Requests()
+    draft = requests.add(Request(), Plan(PROMPT, VLCache(draft_tokens=8), writes_draft="d"))
+    reader = requests.add(Request(), Plan(PROMPT, VLCache(draft_tokens=8), reads_draft="d"))
+    for queries in (1, 2):
+        draft.drafted = {0: [torch.ones(1, 8, 100)] * queries}
+        requests.leave_draft(draft, [5, 6])
+        assert requests.draft_for(reader).queries[0].shape == (1, 8, 100)
+    requests.drop_drafts()
+    requests.leave_draft(draft, [5])
+    assert requests.draft_for(reader) == Drafted()
 
 
 def test_a_retracted_request_starts_afresh_in_another_row():

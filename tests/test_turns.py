@@ -439,6 +439,42 @@ def test_a_draft_votes_the_same_whether_a_twin_is_there_or_not(fleet):
     assert report(again)["positions"] == report(first)["positions"]
 
 
+def test_what_a_shorter_draft_kept_serves_no_longer_one(fleet):
+    """An answer of three tokens has drafted two of the four."""
+    server = fleet["resume"]
+    server.flush()
+    custom = {"kv_policy": "vlcache", "kv_policy_config": {"draft_tokens": 4}} | POSITIONS
+    prompt = draw_prompt(79, "image")
+    lengths = (8, 3, 8, 3)
+    alone, short, again, short_again = (server.many([prompt.body(n, custom=custom)])[0] for n in lengths)
+    assert [report(one)["draft_rows"] for one in (alone, short, again, short_again)] == [4, 2, 4, 2]
+    for one, other in ((alone, again), (short, short_again)):
+        assert one["text"] == other["text"] and report(one)["positions"] == report(other)["positions"]
+    assert report(alone)["positions"] != report(short)["positions"]
+
+
+def test_a_retracted_draft_is_drafted_again(fleet):
+    """Every third step retracts the newest of several requests here."""
+    custom = {"kv_policy": "vlcache", "kv_policy_config": {"draft_tokens": 4}} | POSITIONS
+    bodies = [draw_prompt(seed, "image").body(12, custom=custom) for seed in range(660, 668)]
+    roomy, server = fleet["prefer"], fleet["resume"]
+    roomy.flush()
+    undisturbed = roomy.many(bodies, workers=4)
+    assert all(report(one)["draft_rows"] == 4 for one in undisturbed)
+    server.flush()
+    before = server.log().count("#retracted_reqs: 1")
+    older = draw_prompt(668, "text").body(2000, custom={"kv_policy": "none"})
+    _, *answers = server.many([older, *bodies])
+    rows = [report(one)["draft_rows"] for one in answers]
+    retractions = server.log().count("#retracted_reqs: 1") - before
+    own = sum(report(one)["retractions"] for one in answers)
+    print(f"{rows}: drafted rows; {own} retractions of requests, {retractions - own} of drafts")
+    assert set(rows) <= {0, 4} and rows.count(4) >= 2 and retractions > own
+    for one, other, drafted in zip(undisturbed, answers, rows, strict=True):
+        if drafted:
+            assert report(one)["positions"] == report(other)["positions"]
+
+
 def test_twins_take_no_more_than_the_operator_allows(fleet):
     server, most = fleet["resume"], int(FLEET["resume"][0] * FLEET["resume"][1]["max_twins"])
     server.flush()

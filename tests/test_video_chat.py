@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -13,7 +12,6 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
 from examples.video_chat import client, make_clip
-from tests import browser
 from tests.browser import App, Page
 from tests.serving import ROOT
 
@@ -31,16 +29,6 @@ def app(trained):
 def relay(app):
     yield app.relay
     app.relay.mend()
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    paths = shutil.which("chromium"), shutil.which("chromedriver")
-    if not all(paths):
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    driver = browser.start(*paths, tmp_path_factory.mktemp("browser"))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

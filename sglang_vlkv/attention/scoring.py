@@ -110,10 +110,10 @@ def score(
         if chunk.is_last:
             voting = torch.cat(state.queries.pop(index))
             seen = state.seen.pop(index, None)
-            draft = pool.requests.draft_for(state, index)
-            prompt_layer = replace(prompt_layer, q=voting, seen=seen, draft=draft)
+            voted, drafts = pool.requests.draft_for(state)
+            prompt_layer = replace(prompt_layer, q=voting, seen=seen, draft=drafts.get(index))
             state.scores[index] = policy.score(prompt_layer)
-            state.draft_rows = 0 if draft is None else len(draft)
+            state.voted = voted
 
 
 def heads(x: torch.Tensor, layer: RadixAttention) -> torch.Tensor:

@@ -14,7 +14,6 @@ REMEMBERED = 200  # requests
 AVERAGED = 50  # compactions that the layers' means run over
 WINDOW_SECONDS = 10.0  # of the rates
 RATES = ("requests", "prompt tokens", "output tokens", "freed bytes", "pass seconds")
-PREFIXES = ("cold", "exact", "twin", "shared")
 
 
 @dataclass

@@ -12,7 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sglang_vlkv.monitor.state import PREFIXES, Request, State, means
+from sglang_vlkv.events import PREFIX_KINDS
+from sglang_vlkv.monitor.state import Request, State, means
 from sglang_vlkv.publisher import SCHEMA
 
 SILENT_SECONDS = 5.0  # a server says something every two
@@ -219,7 +220,7 @@ def _prefixes(state: State, width: int) -> list[Text]:
     total = sum(state.prefixes.values())
     return [
         _apart(Text(name), Text(f"{number:,} {percent(number / total if total else 0):>6}"), width)
-        for name in PREFIXES
+        for name in PREFIX_KINDS
         for number in [state.prefixes[name]]
     ]
 

@@ -16,7 +16,7 @@ BOUNDS = {
     "ties": 0.03,  # rounding chose other rows where scores are equal
     "prefilled again": 0.05,  # retracted, and its twin gone: its outputs were seen under full attention
     "before compaction": 0.01,  # put back twice: its second token saw the exact prompt
-    "another draft": 0.01,  # the draft was cut short, and other tokens voted
+    "another draft": 0.01,  # its draft was retracted again and again, and did not vote
     "no report": 0.02,  # the endpoint makes up ids of its own: which of these it was is not known
 }
 
@@ -42,7 +42,7 @@ def judge(text: str, seen: dict | None, alone: Alone, resumed: Alone | None) -> 
     reference = references[-reference]
     if len(text) != len(reference.text):
         return WRONG
-    if not behind_twin and seen.get("draft_rows", 0) != alone.draft_rows:
+    if seen.get("draft_rows", 0) != alone.draft_rows:
         return "another draft"
     kept = seen.get("positions")
     if kept is not None and kept != alone.kept:
