@@ -43,7 +43,7 @@ def answered(server: Server, seed: int, conversations: int, pool: int, drafts: b
     for index in range(conversations):
         specs += converse(server, random.Random(f"chaos{seed}-{index}"), str(index), drafts)
     for spec in specs:
-        if spec.alone.policy != "none":
+        if spec.shows:
             spec.resumed = behind_its_twin(server, spec, pool)
     return specs
 
@@ -51,7 +51,8 @@ def answered(server: Server, seed: int, conversations: int, pool: int, drafts: b
 def behind_its_twin(server: Server, spec: Spec, pool: int) -> Alone | None:
     """What it is answered when its own twin is there and its exact KV is not."""
     server.flush()
-    server.many([spec.request(max_new_tokens=2)])
+    # One token keeps no rows; and a shorter answer's draft is a shorter one.
+    server.many([spec.request(max_new_tokens=max(2, min(spec.max_new_tokens, 8)))])
     evict_exact_kv(server, pool)
     again = ask(server, spec)
     whole = again.found == spec.alone.prompt_tokens - 1 and again.prefix == "twin"

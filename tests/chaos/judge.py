@@ -34,7 +34,8 @@ def judge(text: str, seen: dict | None, alone: Alone, resumed: Alone | None) -> 
     behind_twin = seen["prefix"]["kind"] in ("twin", "shared")
     # Behind a twin of the whole prompt; what a retracted request went on from at first is not told.
     references = [alone, resumed] if resumed and behind_twin else [alone]
-    if seen["prompt_tokens"] != alone.prompt_tokens or not same_policy(seen, alone, retracted):
+    references = [one for one in references if same_policy(seen, one, retracted)]
+    if not references or seen["prompt_tokens"] != alone.prompt_tokens:
         return WRONG
     if any(text == reference.text for reference in references):
         return EQUAL
@@ -42,11 +43,11 @@ def judge(text: str, seen: dict | None, alone: Alone, resumed: Alone | None) -> 
     reference = references[-reference]
     if len(text) != len(reference.text):
         return WRONG
-    if seen.get("draft_rows", 0) != alone.draft_rows:
+    if seen.get("draft_rows", 0) != reference.draft_rows:
         return "another draft"
     kept = seen.get("positions")
-    if kept is not None and kept != alone.kept:
-        return "ties" if alike(kept, alone.kept) else WRONG
+    if kept is not None and kept != reference.kept:
+        return "ties" if alike(kept, reference.kept) else WRONG
     if reference.margins[index] < COIN_TOSS:
         return "coin toss"
     if retracted and index > 0:
@@ -57,11 +58,11 @@ def judge(text: str, seen: dict | None, alone: Alone, resumed: Alone | None) -> 
     return WRONG
 
 
-def same_policy(seen: dict, alone: Alone, retracted: bool) -> bool:
-    """Whether its prompt was treated as alone; a request that ends at the first token of a prefill
-    has nothing to compact any more."""
-    if seen["policy"] == alone.policy:
-        return seen.get("config", "") == alone.config
+def same_policy(seen: dict, reference: Alone, retracted: bool) -> bool:
+    """Whether its prompt was treated so; a request that ends at the first token of a prefill has nothing
+    to compact any more."""
+    if seen["policy"] == reference.policy:
+        return seen.get("config", "") == reference.config
     return seen["policy"] == "none" and retracted and "finished at its first token" in seen["reason"]
 
 

@@ -95,6 +95,17 @@ def test_verdicts(text, told, verdict):
     assert judge(text, told, ALONE, RESUMED) == verdict
 
 
+def test_one_token_behind_a_twin_keeps_what_one_token_alone_does_not():
+    alone = Alone("a", [1.0], 100, "none", "", 0, None, "cold", 0)
+    resumed = RESUMED._replace(text="x", margins=[1.0])
+    none = {"policy": "none", "config": "", "positions": None, "reason": "finished at its first token"}
+    assert judge("a", seen() | none, alone, resumed) == "equal"
+    assert judge("x", seen() | none, alone, resumed) == "wrong"
+    assert judge("x", seen("shared", 99), alone, resumed) == "equal"
+    assert judge("a", seen("shared", 99), alone, resumed) == "wrong"
+    assert judge("x", seen("shared", 99), alone, None) == "wrong"
+
+
 def asked(**fields) -> dict:
     return {"action": "ask", "rid": "0-1", "began": 100.0, "ended": 101.0, "outcome": "answered"} | fields
 
