@@ -36,17 +36,21 @@ class Planner:
         self._settings = settings
         self._num_layers = num_layers
         self._has_rope = has_rope
-        self._special = torch.tensor(sorted(special_ids), dtype=torch.int64)
-        self._end_of_turn = torch.tensor(sorted(end_of_turn_ids), dtype=torch.int64)
+        # By token id; the last entry is that of all ids from there on.
+        self._last = max(special_ids | end_of_turn_ids, default=-1) + 1
+        self._tags = torch.full((self._last + 1,), int(Modality.TEXT), dtype=torch.uint8)
+        self._tags[sorted(special_ids)] = Modality.SYSTEM
+        self._ends_turn = torch.zeros(self._last + 1, dtype=torch.bool)
+        self._ends_turn[sorted(end_of_turn_ids)] = True
 
     def read_prompt(self, req: Req) -> Prompt:
         """Tags every prompt position of ``req``, placeholders expanded, outputs left out."""
         ids = prompt_ids(req)
-        tags = torch.full_like(ids, Modality.TEXT, dtype=torch.uint8)
-        tags[torch.isin(ids, self._special)] = Modality.SYSTEM
+        known = ids.clamp(0, self._last)
+        tags = self._tags[known]
         for item in items_of(req):
             tags[holds(req, item, ids)] = MODALITIES[item.modality]
-        ends = torch.isin(ids, self._end_of_turn).nonzero().flatten().tolist()
+        ends = self._ends_turn[known].nonzero().flatten().tolist()
         # The last message of a chat is closed too, so the newest turn follows the one before it.
         positions = req.multimodal_inputs.mrope_positions if req.multimodal_inputs else None
         if positions is not None:
