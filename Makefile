@@ -28,6 +28,7 @@ bench: $(READY)
 	.venv/bin/python -m benchmarks.policies_cpu
 	.venv/bin/python -m benchmarks.capacity
 	.venv/bin/python -m benchmarks.multi_turn
+	.venv/bin/python -m benchmarks.overhead
 	.venv/bin/python -m pip install --quiet --editable '.[bench]'
 	.venv/bin/python -m benchmarks.fidelity
 

@@ -22,6 +22,13 @@ def test_links_lead_somewhere(document):
     assert not missing
 
 
+def test_all_that_is_refused_is_listed():
+    features = (ROOT / "docs" / "features.md").read_text()
+    source = (ROOT / "sglang_vlkv" / "validation.py").read_text()
+    flags = set(re.findall(r"--[a-z][a-z-]+[a-z]|SGLANG_[A-Z_]+", source))
+    assert len(flags) > 30 and not [flag for flag in flags if f"`{flag}" not in features]
+
+
 def test_the_policy_of_the_document_selects():
     [source] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "policies.md").read_text(), re.DOTALL)
     found = {"__name__": __name__}
