@@ -333,7 +333,8 @@ class Compactor:
             sparsity_per_layer=state.twin.sparsity,
             kept_bytes=state.kept_slots * self._pool.slot_bytes,
             full_bytes=prompt.num_tokens * self._pool.slot_bytes,
-            shared=state.prefix_kind == "shared",
+            shared=state.twin.holders > 1,
+            draft=bool(state.asked.writes_draft),
         )
 
     def _pool_use(self, scheduler: Scheduler, batch: ScheduleBatch) -> events.PoolUse:

@@ -2,7 +2,7 @@
 
 A request whose policy drafts is preceded by a request of our own with the same prompt. That one is
 compacted, decodes ``draft_tokens`` tokens, and leaves their queries with the scheduler; its output
-goes nowhere. The real request then finds the prompt's exact KV in the radix tree, where it stays
+is thrown away. The real request then finds the prompt's exact KV in the radix tree, where it stays
 evictable, computes its voting rows again and selects with the drafted queries among the voters.
 """
 
@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import copy
 import uuid
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from sglang_vlkv import config
+from sglang_vlkv.planning import READS, WRITES
+from sglang_vlkv.report import KEY
 
-WRITES, READS = "_vlkv_writes_draft", "_vlkv_reads_draft"  # custom_params that only we set
 ATTEMPTS = 3  # of a draft that keeps being retracted
+ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 
-class Draft(NamedTuple):
-    """What a request has to do with a draft: the id it leaves queries under, or finds them under."""
+@dataclass(eq=False)
+class Drafting:
+    """A request whose draft runs, and whether it has been aborted since."""
 
-    writes: str = ""
-    reads: str = ""
+    rid: str
+    aborted: bool = False
 
 
-def draft_of(custom_params: dict | None) -> Draft:
-    custom = custom_params or {}
-    return Draft(*(str(custom.get(key, "")) for key in (WRITES, READS)))
+_drafting: set[Drafting] = set()
 
 
 async def generate(original, manager, obj, request, settings):
@@ -56,30 +57,61 @@ async def generate(original, manager, obj, request, settings):
     name, custom = uuid.uuid4().hex, customs[0]
     # One id for both, so that aborting the request aborts whichever of them runs.
     obj.rid = obj.rid or name
-    for _ in range(ATTEMPTS):
-        draft = copy.copy(obj)
-        draft.stream, draft.return_logprob = False, False
-        draft.sampling_params = params | {
-            "max_new_tokens": length, "min_new_tokens": 0, "temperature": 0.0, "n": 1,
-            "custom_params": {key: value for key, value in custom.items() if key != "kv_report"} | {WRITES: name},
-        }  # fmt: skip
-        async for response in original(manager, draft, request):
-            if (response["meta_info"].get("finish_reason") or {}).get("type") == "abort":
-                yield response | {"text": "", "output_ids": []}
+    drafting = Drafting(obj.rid)
+    _drafting.add(drafting)
+    try:
+        for _ in range(ATTEMPTS):
+            async for response in original(manager, _draft(obj, params, custom, length, name), request):
+                pass
+            info = response["meta_info"]
+            reason = info.get("finish_reason") or {}
+            if drafting.aborted or reason.get("type") == "abort":
+                yield _aborted(response)
                 return
-        if not response["meta_info"].get("num_retractions"):
-            break  # else it has left nothing
-    replica = response["meta_info"].get("dp_rank")
-    if replica is not None:  # what the draft has left is there
-        obj.routed_dp_rank = replica
+            if not info.get("num_retractions"):
+                break  # else it has left nothing
+    finally:
+        _drafting.discard(drafting)
+    if info.get("dp_rank") is not None:  # what the draft has left is there
+        obj.routed_dp_rank = info["dp_rank"]
     obj.sampling_params = params | {"custom_params": custom | {READS: name}}
     async for response in original(manager, obj, request):
         yield response
 
 
+def abort(manager, rid: str = "", abort_all: bool = False) -> None:
+    """Before ``TokenizerManager.abort_request``, which may find that the scheduler has ended a draft
+    and knows of no request yet."""
+    for drafting in _drafting:
+        drafting.aborted |= abort_all or drafting.rid == rid
+
+
+def _draft(obj, params: dict, custom: dict, length: int, name: str):
+    draft = copy.copy(obj)
+    draft.logprob_start_len = -1
+    custom = {key: value for key, value in custom.items() if key != "kv_report"} | {WRITES: name}
+    draft.sampling_params = params | {
+        "max_new_tokens": length, "min_new_tokens": 0, "temperature": 0.0, "n": 1, "custom_params": custom,
+    }  # fmt: skip
+    return draft
+
+
+def _aborted(response: dict) -> dict:
+    """What is told of a request that was aborted while its draft ran: nothing has been generated."""
+    info = {key: value for key, value in response["meta_info"].items() if key != KEY}
+    info |= {key: type(value)() for key, value in info.items() if "logprobs" in key and value}
+    info["completion_tokens"] = 0
+    if (info.get("finish_reason") or {}).get("type") != "abort":
+        info["finish_reason"] = ABORTED
+    return response | {"text": "", "output_ids": [], "meta_info": info}
+
+
 def _draft_tokens(settings: config.Settings, obj, params: dict, custom: dict) -> int:
     """Output tokens of the draft that goes before this request; 0 for none."""
     if not (getattr(obj, "image_data", None) or getattr(obj, "video_data", None)):
+        return 0
+    # A session's turns are a tree of ids, in which a draft would be one; beams are left alone.
+    if getattr(obj, "session_params", None) or (params or {}).get("beam_width") not in (None, 1):
         return 0
     wanted = settings.for_request(custom).draft_tokens
     most = (params or {}).get("max_new_tokens")

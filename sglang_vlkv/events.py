@@ -25,6 +25,7 @@ class Compacted(NamedTuple):
         kept_bytes: of the slots that hold them, shared ones included.
         full_bytes: what the whole prompt's rows took.
         shared: they are those of another live request.
+        draft: it is a draft, which goes ahead of a request with the same id.
     """
 
     rid: str
@@ -38,6 +39,7 @@ class Compacted(NamedTuple):
     kept_bytes: int
     full_bytes: int
     shared: bool
+    draft: bool
 
 
 class Pass(NamedTuple):
@@ -107,13 +109,14 @@ class Released(NamedTuple):
 
     Attributes:
         rid: the request's id.
-        policy: that it ran under; ``none`` where its prompt was left alone.
-        reason: why, as a code of :class:`~sglang_vlkv.requests.Reason`; empty where it was compacted.
+        policy: that it ran under; ``none`` where its prompt was left alone, or not compacted yet.
+        reason: why it was left alone, as a code of :class:`~sglang_vlkv.requests.Reason`; else empty.
         outcome: ``finished``, ``aborted`` or ``retracted``.
         prefix: ``cold``, ``exact``, ``twin`` or ``shared``.
         prefix_tokens: prompt tokens that its last prefill found computed.
         prompt_tokens, output_tokens: of the request so far.
         bytes: of the slots that its rows took at the end.
+        draft: it is a draft, which goes ahead of a request with the same id.
     """
 
     rid: str
@@ -125,6 +128,7 @@ class Released(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     bytes: int
+    draft: bool
 
 
 class Deferred(NamedTuple):

@@ -9,9 +9,11 @@ from sglang.srt.managers.schedule_batch import Req
 
 from sglang_vlkv.base import VISUAL, Modality, Policy, Prompt
 from sglang_vlkv.config import Settings
-from sglang_vlkv.drafting import draft_of
 from sglang_vlkv.requests import Plan, Reason
 from sglang_vlkv.spans import MODALITIES, holds, items_of, prompt_ids
+
+# custom_params that only we set: the id that a draft leaves queries under, and a request finds them under.
+WRITES, READS = "_vlkv_writes_draft", "_vlkv_reads_draft"
 
 
 class Planner:
@@ -68,7 +70,8 @@ class Planner:
             reason = reason or Reason("no_visual", "no image or video")
         elif req.beam_group is not None:
             reason = reason or Reason("beam_search", "beam search")
-        return self._planned(Plan(prompt, policy, reason, 0, 0, *draft_of(custom)))
+        drafts = (str((custom or {}).get(key, "")) for key in (WRITES, READS))
+        return self._planned(Plan(prompt, policy, reason, 0, 0, *drafts))
 
     def for_turn(self, plan: Plan, start: int) -> Plan:
         """The plan for what follows ``start`` of a prompt whose beginning a twin stands for.

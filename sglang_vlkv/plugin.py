@@ -100,6 +100,11 @@ HOOKS = (
         "a draft of our own goes before a request whose policy wants one; the store keeps reports",
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request", BEFORE,
+        "sglang_vlkv.drafting:abort", ("self", "rid", "abort_all"),
+        "a request that is aborted while its draft runs does not begin",
+    ),
+    Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info", AROUND,
         "sglang_vlkv.frontend:receive_report",
         ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),

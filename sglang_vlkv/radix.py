@@ -196,7 +196,7 @@ class TwinRadixCache(UnifiedRadixCache):
         state, row = self.state_of(req), req.kv.req_pool_idx
         if state.row != row:
             self.requests.take_row(state, row)
-            state.prefix_tokens = req.prefix_len
+            state.prefix_tokens = min(req.prefix_len, state.asked.end)
             state.prefix_kind = "exact" if req.prefix_len else "cold"
             if state.hit is not None and req.prefix_len:  # SGLANG_RADIX_FORCE_MISS may have undone it
                 self._go_on_from(req, state, state.hit)
@@ -240,7 +240,9 @@ class TwinRadixCache(UnifiedRadixCache):
         self.twins.hits += 1
         if self.watchers:
             self.watchers.tell(
-                events.TwinHit(twin.node, req.rid, state.prefix_kind, hit.covered, n, hit.rows_lost)
+                events.TwinHit(
+                    twin.node, req.rid, state.prefix_kind, state.prefix_tokens, n, hit.rows_lost
+                )
             )
 
     def _agreed(self, hit: Hit) -> Hit:
@@ -390,16 +392,19 @@ class TwinRadixCache(UnifiedRadixCache):
         outcome = "finished" if req.finished() else "retracted"
         if isinstance(req.finished_reason, FINISH_ABORT):
             outcome = "aborted"
+        finished = outcome == "finished"
+        reason = state.why_left_alone(req.retraction_count) if finished else state.asked.left_alone
         return events.Released(
             rid=req.rid,
             policy=NONE if alone else state.asked.policy.name,
-            reason=state.why_left_alone(req.retraction_count).code if alone else "",
+            reason=reason.code if alone else "",
             outcome=outcome,
             prefix=state.prefix_kind,
             prefix_tokens=state.prefix_tokens,
             prompt_tokens=state.asked.end,
             output_tokens=len(req.output_ids),
             bytes=slots * self.pool.slot_bytes,
+            draft=bool(state.asked.writes_draft),
         )
 
     # ---- Eviction ----

@@ -7,6 +7,7 @@ aborted or was retracted. Everything here is host state; nothing imports SGLang.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Iterable, Iterator, NamedTuple
@@ -22,6 +23,8 @@ REASONS = (
     "no_visual", "short_prompt", "full_budget", "first_token", "not_in_prompt", "beam_search",
     "no_rope", "refused",
 )  # fmt: skip
+logger = logging.getLogger(__name__)
+
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
@@ -242,12 +245,18 @@ class Requests:
         """``state`` writes a draft and has ended with ``output_ids``, never retracted."""
         # Whether the last one's query was computed depends on what else was running.
         tokens = tuple(output_ids[:-1][: state.plan.policy.draft_tokens])
-        if not tokens:
+        if not tokens or any(len(rows) < len(tokens) for rows in state.drafted.values()):
             return
         queries = {layer: torch.cat(rows[: len(tokens)]) for layer, rows in state.drafted.items()}
         self._drafts[state.plan.writes_draft] = Drafted(tokens, queries)
-        while sum(q.nbytes for left in self._drafts.values() for q in left.queries.values()) > MAX_DRAFT_BYTES:
-            self._drafts.popitem(last=False)
+        size = sum(query.nbytes for left in self._drafts.values() for query in left.queries.values())
+        while size > MAX_DRAFT_BYTES and len(self._drafts) > 1:
+            _, oldest = self._drafts.popitem(last=False)
+            size -= sum(query.nbytes for query in oldest.queries.values())
+            logger.warning(
+                "A draft of %d tokens was dropped before its request came, to hold no more than %d MiB of "
+                "drafts; the request votes without it.", len(oldest.tokens), MAX_DRAFT_BYTES >> 20,
+            )  # fmt: skip
 
     def draft_for(self, state: RequestState) -> Drafted:
         """What a draft has left for ``state``; nothing where none has."""

@@ -243,6 +243,22 @@ def test_a_draft_leaves_its_queries_and_runs_eagerly(world):
         assert torch.equal(left[layer], torch.cat(queries))
 
 
+@pytest.mark.parametrize("start, drafted", [(20, True), (19, False)])
+def test_a_draft_that_decodes_beside_a_prefill_leaves_its_queries(world, start, drafted):
+    """In a mixed batch; a prompt's last token, computed for its logits behind a twin, is no output."""
+    plan = Plan(Prompt(torch.zeros(20, dtype=torch.uint8)), VLCACHE, writes_draft="id")
+    state, left = world.request(1, start, plan), []
+    world.compact(state, [4, 4, 4])
+    world.request(2, 0)
+    for backend in (world.cpu, world.device):
+        state.drafted = {}
+        world.run(backend, world.batch(ForwardMode.EXTEND, [2, 1], [0, start], [13, start + 1]), seed=3)
+        left.append({layer: torch.cat(queries) for layer, queries in state.drafted.items()})
+    assert sorted(left[0]) == sorted(left[1]) == (list(range(LAYERS)) if drafted else [])
+    for layer, queries in left[0].items():
+        assert torch.equal(left[1][layer], queries)
+
+
 def test_more_rows_than_the_graphs_lists_hold_run_eagerly(world):
     """Many requests may share one compacted prompt, and together see more rows than the pool has."""
     requests = world.pool.requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import requests
 from sglang_vlkv.policies import policies
 from tests.equality import assert_same
 from tests.prompts import draw_prompt
-from tests.serving import ROOT, data_url, report
+from tests.serving import ROOT, Server, data_url, report
 
 ORDINARY = [name for name in policies() if name != "none"]
 REQUESTS = int(os.environ.get("VLKV_REQUESTS", 40))  # for each policy
@@ -173,6 +174,66 @@ def test_a_draft_needs_one_prompt_and_one_choice(any_policy):
     two["sampling_params"]["n"] = 2
     response = any_policy.post("/generate", two)
     assert response.status_code == 400 and "draft_tokens" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_session_has_no_drafts(any_policy, replaces):
+    """Its turns are a tree of ids, in which a draft would be a turn."""
+    session = Server._checked(any_policy.post("/open_session", {"capacity_of_str_len": 100_000}))
+    first = body(PICTURES[0], "vlkv", draft_tokens=4) | {"session_params": {"id": session}}
+    [before] = any_policy.many([first])
+    turn = {"id": session, "rid": before["meta_info"]["id"]}
+    second = body(PICTURES[1], "vlkv", draft_tokens=4) | {"session_params": turn}
+    third = second | {"session_params": turn | {"replace": replaces}}
+    for asked in (second, third):
+        [answer] = any_policy.many([asked])
+        assert report(answer)["policy"] == "vlkv" and report(answer)["draft_rows"] == 0
+    assert any_policy.post("/close_session", {"session_id": session}).status_code == 200
+
+
+def test_beams_are_left_alone_by_a_policy_that_drafts(any_policy):
+    asked = body(PICTURES[0], "vlkv", draft_tokens=4) | {"return_logprob": False}
+    asked["sampling_params"] |= {"beam_width": 2, "n": 2}
+    [answer] = any_policy.many([asked])
+    assert report(answer)["reason"] == "beam search"
+
+
+def drafts_long(path: str) -> dict:
+    """A request whose draft takes a second or more, and which wants logprobs."""
+    custom = {"kv_policy": "vlkv", "kv_policy_config": {"draft_tokens": 250}}
+    if path == "/generate":
+        return PICTURES[0].body(500, custom=custom)
+    picture = {"type": "image_url", "image_url": {"url": data_url(PICTURES[0].images[0])}}
+    message = {"role": "user", "content": [picture, {"type": "text", "text": "what"}]}
+    return {
+        "model": "m", "messages": [message], "max_tokens": 500, "temperature": 0, "ignore_eos": True,
+        "custom_params": custom, "logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_aborted_while_it_drafts_has_said_nothing(any_policy, path, stream):
+    asked = drafts_long(path) | {"stream": stream, "rid": f"drafts {path} {stream}"}
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(any_policy.post, path, asked)
+        while not told.done():
+            any_policy.post("/abort_request", {"rid": asked["rid"]})
+            time.sleep(0.05)
+    answer = told.result()
+    assert answer.status_code == 200
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+    said = [json.loads(line) for line in lines] if stream else [answer.json()]
+    if path == "/generate":
+        [one] = said
+        assert one["meta_info"]["finish_reason"]["type"] == "abort" and not one["text"]
+        assert one["meta_info"]["completion_tokens"] == 0 and not one["meta_info"]["output_token_logprobs"]
+        assert "kv_policy" not in one["meta_info"]
+    else:
+        choices = [choice for one in said for choice in one["choices"]]
+        assert choices[-1]["finish_reason"] == "abort"
+        assert not any((one.get("delta") or one["message"]).get("content") for one in choices)
+    assert any_policy.alive() and "Traceback" not in any_policy.log()
 
 
 def test_a_stream_that_ends_before_its_prompt_is_looked_at_ends_like_others(any_policy):

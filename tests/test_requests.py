@@ -82,6 +82,28 @@ def test_drafted_queries_are_there_until_the_weights_may_be_others():
     assert requests.draft_for(reader) == Drafted()
 
 
+def test_the_oldest_drafts_make_room_and_the_newest_stays(monkeypatch, caplog):
+    monkeypatch.setattr("sglang_vlkv.requests.MAX_DRAFT_BYTES", 7 * 8 * 100 * 4)
+    requests, readers = Requests(), []
+    for name, count in (("a", 3), ("b", 3), ("c", 4), ("d", 20)):
+        draft = requests.add(Request(), Plan(PROMPT, VLCache(draft_tokens=count), writes_draft=name))
+        readers.append(requests.add(Request(), Plan(PROMPT, VLCache(draft_tokens=count), reads_draft=name)))
+        draft.drafted = {0: [torch.ones(1, 8, 100)] * count}
+        requests.leave_draft(draft, list(range(count + 1)))
+        found = [len(requests.draft_for(reader).tokens) for reader in readers]
+        assert found == {"a": [3], "b": [3, 3], "c": [0, 3, 4], "d": [0, 0, 0, 20]}[name]
+    assert caplog.text.count("votes without it") == 3
+
+
+def test_queries_with_a_gap_are_left_by_no_draft():
+    requests = Requests()
+    draft = requests.add(Request(), Plan(PROMPT, VLCache(draft_tokens=2), writes_draft="d"))
+    reader = requests.add(Request(), Plan(PROMPT, VLCache(draft_tokens=2), reads_draft="d"))
+    draft.drafted = {0: [torch.ones(1, 8, 100)] * 2, 1: [torch.ones(1, 8, 100)]}
+    requests.leave_draft(draft, [5, 6, 7])
+    assert requests.draft_for(reader) == Drafted()
+
+
 def test_the_last_token_of_a_draft_never_votes():
     """Overlap scheduling may have computed its query, and may not."""
     requests = Requests()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Iterator, NamedTuple, Protocol
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
@@ -128,6 +128,15 @@ class RaggedDeviceBackend:
         found = (chunk_of(extend, self.token_to_kv_pool, self._req_to_token) for extend in extends)
         self._chunks = [chunk for chunk in found if chunk is not None]
         self._extends = self._list_extends(forward_batch, extends)
+        self._drafting = list(self._decoding_drafts(extends))
+
+    def _decoding_drafts(self, extends: list[Extend]) -> Iterator[tuple[int, RequestState]]:
+        """Drafts that decode in a mixed batch, each with its query."""
+        for extend in extends:
+            state = self.token_to_kv_pool.requests.at_row(extend.row)
+            decodes = state is not None and state.cells is not None and not state.pending
+            if decodes and state.plan.writes_draft and extend.end == extend.start + 1 > state.asked.end:
+                yield extend.offset, state
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         if not forward_batch.forward_mode.is_decode_or_idle():
@@ -228,9 +237,12 @@ class RaggedDeviceBackend:
             self._write(layer, forward_batch, k, v)
         cells = self.token_to_kv_pool.k_cells, self.token_to_kv_pool.v_cells
         self._kernel.run(layer.layer_id, q_heads, *cells, *self._lists, layer.scaling, heads(out, layer))
-        for query, state in self._drafting:
-            state.drafted.setdefault(layer.layer_id, []).append(q_heads[query : query + 1].clone())
+        self._keep_drafted(layer.layer_id, q_heads)
         return out
+
+    def _keep_drafted(self, layer: int, q: torch.Tensor) -> None:
+        for query, state in self._drafting:
+            state.drafted.setdefault(layer, []).append(q[query : query + 1].clone())
 
     def forward_extend(
         self, q, k, v, layer: RadixAttention, forward_batch: ForwardBatch, save_kv_cache=True, **others
@@ -245,6 +257,7 @@ class RaggedDeviceBackend:
                 self._write(layer, forward_batch, k, v)
             self.extend(layer.layer_id, q_heads, self._extends, layer.scaling, heads(out, layer))
         score(self._chunks, layer, q_heads, self.token_to_kv_pool, self.rope)
+        self._keep_drafted(layer.layer_id, q_heads)
         return out
 
     def _write(self, layer: RadixAttention, forward_batch: ForwardBatch, k, v) -> None:

@@ -99,7 +99,8 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
         if state is None or state.cells is None:
             return Decode(offset, None, slots)
         first = length - max(state.sliding) if state.sliding else state.first_own
-        draft = state if state.plan.writes_draft else None
+        # The last token of a prompt whose rows are there is no output.
+        draft = state if state.plan.writes_draft and length > state.asked.end else None
         return Decode(offset, state.cells, slots[first:], state.sliding, draft)
 
     def _add(self, extend: Extend) -> None:

@@ -148,13 +148,13 @@ class _Sheet:
         first = {int(visual.positions[0]): f"[ {visual.name} ]" for visual in kept.visuals}
         positions = kept.text_positions.tolist()
         cut = set(positions[MAX_TEXT // 2 : -MAX_TEXT // 2]) if len(positions) > MAX_TEXT else set()
-        pieces = []
+        first_cut, pieces = min(cut, default=-1), []
         for position in sorted({*positions, *first}):
             if position in first:
                 pieces.append((first[position], None))
             elif position not in cut:
                 pieces.append((shown(tokens[position]), float(heat[position])))
-            elif position == min(cut):
+            elif position == first_cut:
                 pieces.append((f"... {len(cut):,} more tokens ...", None))
         return pieces
 

@@ -28,7 +28,9 @@ ONCE_SECONDS = 10.0  # that --once waits without --seconds
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 where ``--once`` has seen no server."""
-    args = parser().parse_args(arguments)
+    args = (options := parser()).parse_args(arguments)
+    if args.record and args.replay:
+        options.error("--record writes what a server says; give it without --replay")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False)
     try:

@@ -82,6 +82,7 @@ class Replay:
         for _ in range(most):
             if self._next == len(self._messages):
                 self.done = True
+                time.sleep(max(0.0, until - time.monotonic()))
                 return
             if (wait := self._due() - time.monotonic()) > 0:
                 time.sleep(max(0.0, min(wait, until - time.monotonic())))

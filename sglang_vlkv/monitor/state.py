@@ -170,6 +170,9 @@ class State:
 
     def _released(self, message: dict) -> None:
         request = self._request(message)
+        if message.get("draft") and message["outcome"] != "aborted":  # its request is still to come
+            request.outcome = "drafted"
+            return
         for name in ("policy", "reason", "prefix", "prompt_tokens", "output_tokens", "outcome"):
             setattr(request, name, message[name])
         self.ended[message["outcome"]] += 1
