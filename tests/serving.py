@@ -145,6 +145,13 @@ class Server:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def ends(self, within: float) -> bool:
+        """Whether it ends by itself in as many seconds."""
+        deadline = time.monotonic() + within
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return not self.alive()
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 from benchmarks.common import context, note
 from tests.chaos import report
@@ -37,7 +38,12 @@ def flags(pool: int, twins: str, *more: str, **config) -> tuple[str, ...]:
     return "--max-total-tokens", str(pool), *MEMORY, *config, *more
 
 
-def statuses(start, cases: list[Malformed]) -> dict[str, int | str]:
+def start_stock(pool: int) -> Server:
+    """SGLang on our CPU platform without the plugin that brings the policies."""
+    return Server("--max-total-tokens", str(pool), *MEMORY, env=STOCK)
+
+
+def statuses(start: Callable[[], Server], cases: list[Malformed]) -> dict[str, int | str]:
     """How an idle server answers each; it is started again where one brings it down."""
     found, server = {}, start()
     for case in cases:
@@ -77,9 +83,9 @@ def main() -> int:
     cases = {case.name: case for case in [*all_cases(), *options()]}
     note(f"{len(cases)} malformed requests to the stock server")
     trusted = SPARED if args.trust else ()
-    start_stock = partial(Server, "--max-total-tokens", str(args.pool), *MEMORY, env=STOCK)
     stock = dict.fromkeys(trusted, "not sent")
-    stock |= statuses(start_stock, [c for c in cases.values() if not c.ours and c.name not in trusted])
+    theirs = [case for case in cases.values() if not case.ours and case.name not in trusted]
+    stock |= statuses(partial(start_stock, args.pool), theirs)
     fatal = SPARED.union(name for name, status in stock.items() if not isinstance(status, int))
     served = {name: case for name, case in cases.items() if name not in fatal}
     note(f"{len(fatal)} of them bring it down, or are never answered; {len(served)} to ours")

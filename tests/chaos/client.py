@@ -11,6 +11,7 @@ import json
 import random
 import socket
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,7 +30,11 @@ LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionErr
 
 
 class Unfinished(Exception):
-    """A stream ended early, or an answer was aborted by somebody else."""
+    """A stream ended early, or an answer was aborted by somebody else; ``status`` is its response's."""
+
+    def __init__(self, why: str, status: int = 200) -> None:
+        super().__init__(why)
+        self.status = status
 
 
 class Clients:
@@ -63,7 +68,7 @@ class Clients:
         except LOST as error:
             event |= {"outcome": "lost", "error": repr(error)[:200]}
         except Unfinished as error:
-            event |= {"outcome": "aborted by others", "error": str(error)[:200]}
+            event |= {"outcome": "aborted by others", "error": str(error)[:200], "status": error.status}
         event["ended"] = time.time()
         self.log.write(json.dumps(event) + "\n")
         if event["outcome"] == "lost":
@@ -93,26 +98,26 @@ class Clients:
     async def ask(self, url: str, rid: str) -> dict:
         spec = self.draw()
         endpoints = ["generate", "generate", "chat"]
-        endpoints += ["messages"] * (not spec.chooses and not spec.films)
+        endpoints += ["messages"] * (not spec.films)
         endpoints += ["completions"] * (not spec.shows)
         endpoint, stream = self.rng.choice(endpoints), self.rng.random() < 0.4
         text, seen = await getattr(self, "by_" + endpoint)(url, rid, spec, stream)
         told = {"endpoint": endpoint, "stream": stream, "spec": spec.name}
         return told | self.judged(spec, text, seen)
 
-    def judged(self, spec: Spec, text: str, seen: dict | None) -> dict:
+    def judged(self, spec: Spec, text: str, seen: dict) -> dict:
         verdict = judge(text, seen, spec.alone, spec.resumed)
-        event = {"outcome": "answered", "verdict": verdict, "tokens": len(text)}
-        if seen is not None:
-            event |= {"prefix": seen["prefix"]["kind"], "retractions": seen["retractions"]}
-            event["compacted"] = seen["policy"] != "none"
+        event = {
+            "outcome": "answered", "verdict": verdict, "tokens": len(text), "prefix": seen["prefix"]["kind"],
+            "retractions": seen["retractions"], "compacted": seen["policy"] != "none",
+        }  # fmt: skip
         if verdict not in ("equal", "coin toss", "ties"):
-            event |= {"text": text, "report": seen and {k: v for k, v in seen.items() if k != "positions"}}
+            event |= {"text": text, "report": {k: v for k, v in seen.items() if k != "positions"}}
         return event
 
     async def by_generate(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict]:
         body = self.body(spec, rid) | {"stream": stream}
-        answer, heard = await self.answer(url, "/generate", body)
+        answer, heard, _ = await self.answer(url, "/generate", body)
         if stream:
             answer = heard[-1]
         finish(answer["meta_info"]["finish_reason"])
@@ -121,13 +126,13 @@ class Clients:
     def body(self, spec: Spec, rid: str, **sampling) -> dict:
         return spec.request(**sampling) | {"rid": rid, "return_logprob": self.rng.random() < 0.2}
 
-    async def by_chat(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict | None]:
+    async def by_chat(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict]:
         body = {
             "model": "m", "messages": spec.messages, "max_tokens": spec.max_new_tokens, "temperature": 0,
             "ignore_eos": True, "custom_params": spec.custom, "return_meta_info": not stream,
             "stream": stream, "rid": rid,
         }  # fmt: skip
-        answer, heard = await self.answer(url, "/v1/chat/completions", body)
+        answer, heard, _ = await self.answer(url, "/v1/chat/completions", body)
         if not stream:
             [choice] = answer["choices"]
             finish(choice["finish_reason"])
@@ -137,38 +142,40 @@ class Clients:
         text = "".join(choice["delta"].get("content") or "" for choice in choices)
         return text, await self.report(url, heard[0]["id"])
 
-    async def by_completions(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict | None]:
+    async def by_completions(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict]:
         body = {
             "model": "m", "prompt": spec.body["text"], "max_tokens": spec.max_new_tokens, "temperature": 0,
             "ignore_eos": True, "custom_params": spec.custom, "stream": stream, "rid": rid,
         }  # fmt: skip
-        answer, heard = await self.answer(url, "/v1/completions", body)
+        answer, heard, _ = await self.answer(url, "/v1/completions", body)
         choices = [choice for chunk in (heard if stream else [answer]) for choice in chunk["choices"]]
         finish(next((c["finish_reason"] for c in choices if c.get("finish_reason")), None))
         text = "".join(choice["text"] for choice in choices)
         return text, await self.report(url, (heard[0] if stream else answer)["id"])
 
-    async def by_messages(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, None]:
+    async def by_messages(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict]:
         body = {
             "model": "m", "messages": [anthropic(message) for message in spec.messages],
-            "max_tokens": spec.max_new_tokens, "temperature": 0, "stream": stream,
+            "max_tokens": spec.max_new_tokens, "temperature": 0, "custom_params": spec.custom,
+            "stream": stream,
         }  # fmt: skip
-        answer, heard = await self.answer(url, "/v1/messages", body)
+        answer, heard, name = await self.answer(url, "/v1/messages", body)
         if stream:
             text = "".join(chunk.get("delta", {}).get("text", "") for chunk in heard)
         else:
             text = "".join(part.get("text", "") for part in answer["content"])
         if len(text) < len(spec.alone.text):
             raise Unfinished("cut short: this endpoint calls an abort the end of a turn")
-        return text, None
+        return text, await self.report(url, name)
 
-    async def answer(self, url: str, path: str, body: dict) -> tuple[dict, list[dict]]:
-        """The JSON of an answer, or what a stream said."""
+    async def answer(self, url: str, path: str, body: dict) -> tuple[dict, list[dict], str]:
+        """The JSON of an answer, or what a stream said; and the id of its report."""
         async with self.session.post(url + path, json=body) as reply:
             if reply.status != 200:
-                raise Unfinished(f"HTTP {reply.status}: {(await reply.text())[:150]}")
+                raise Unfinished(f"HTTP {reply.status}: {(await reply.text())[:150]}", reply.status)
+            name = reply.headers["X-KV-Policy-Request"]
             if not body["stream"]:
-                return await reply.json(), []
+                return await reply.json(), [], name
             heard, whole = [], False
             async for line in reply.content:
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
@@ -178,12 +185,12 @@ class Clients:
                     raise Unfinished(str(heard[-1]["error"])[:150])
         if not whole or not heard:
             raise aiohttp.ClientPayloadError("the stream ended early")
-        return {}, heard
+        return {}, heard, name
 
-    async def report(self, url: str, response_id: str) -> dict:
-        async with self.session.get(f"{url}/kv_policy/requests/{response_id}") as reply:
+    async def report(self, url: str, name: str) -> dict:
+        async with self.session.get(f"{url}/kv_policy/requests/{name}") as reply:
             if reply.status != 200:
-                raise Unfinished(f"no report: HTTP {reply.status}")
+                raise Unfinished(f"no report: HTTP {reply.status}", reply.status)
             return await reply.json()
 
     async def several(self, url: str, rid: str) -> dict:
@@ -192,7 +199,7 @@ class Clients:
         body = self.body(spec, rid, n=count) | {"stream": False}
         if "image_data" in body:
             body["image_data"] = [body["image_data"]]  # the pictures of the first prompt
-        answers, _ = await self.answer(url, "/generate", body)
+        answers, *_ = await self.answer(url, "/generate", body)
         verdicts = []
         for answer in answers:
             finish(answer["meta_info"]["finish_reason"])
@@ -210,18 +217,18 @@ class Clients:
     async def abort(self, url: str, rid: str) -> dict:
         body = self.body(self.draw(), rid, max_new_tokens=200) | {"stream": self.rng.random() < 0.5}
 
-        async def later() -> None:
+        async def later() -> int:
             await asyncio.sleep(self.rng.random() * 0.6)
-            async with self.session.post(url + "/abort_request", json={"rid": rid}):
-                pass
+            async with self.session.post(url + "/abort_request", json={"rid": rid}) as reply:
+                return reply.status
 
         aside = asyncio.create_task(swallow_lost(later()))
         try:
             async with self.session.post(url + "/generate", json=body) as reply:
                 await reply.read()
         finally:
-            await aside
-        return {"outcome": "cut", "status": reply.status}
+            aborted = await aside
+        return {"outcome": "cut", "statuses": [reply.status, aborted]}
 
     async def hang_up(self, url: str, rid: str) -> dict:
         """In the middle of a stream."""
@@ -247,13 +254,14 @@ class Clients:
         reader, writer = await connected(url, buffer=1024)
         try:
             await sent(writer, url, "/generate", json.dumps(body).encode())
+            status = await status_of(reader)
             for _ in range(20):
                 if not await reader.read(1024):
                     break
                 await asyncio.sleep(1)
         finally:
             writer.transport.abort()
-        return {"outcome": "cut"}
+        return {"outcome": "cut", "status": status}
 
     # ---- What is wrong in itself ----
 
@@ -265,23 +273,23 @@ class Clients:
                 await reply.read()
         except TimeoutError:
             return {"case": case.name, "outcome": "stuck"}
-        outcome = "answered" if reply.status == 200 else "refused"
-        return {"case": case.name, "outcome": outcome, "status": reply.status}
+        return {"case": case.name, "outcome": outcome(reply.status), "status": reply.status}
 
     async def raw(self, url: str, rid: str) -> dict:
         case = self.rng.choice(self.plan.raw)
-        return {"case": case.name, "outcome": "refused"} | await send_raw(url, case, wait=20)
+        status = await send_raw(url, case, wait=20)
+        return {"case": case.name, "outcome": outcome(status), "status": status}
 
     # ---- What an operator does ----
 
     async def pause(self, url: str, rid: str) -> dict:
         mode = self.rng.choice(PAUSES)
-        async with self.session.post(url + "/pause_generation", json={"mode": mode}) as reply:
-            await reply.read()
+        async with self.session.post(url + "/pause_generation", json={"mode": mode}) as paused:
+            await paused.read()
         await asyncio.sleep(self.rng.random() * 0.5)
         async with self.session.post(url + "/continue_generation", json={}) as reply:
             await reply.read()
-        return {"outcome": "done", "mode": mode, "status": reply.status}
+        return {"outcome": "done", "mode": mode, "statuses": [paused.status, reply.status]}
 
     async def flush(self, url: str, rid: str) -> dict:
         async with self.session.post(url + "/flush_cache") as reply:
@@ -297,6 +305,13 @@ class Clients:
         async with self.session.get(url + path) as reply:
             await reply.read()
         return {"outcome": "done", "status": reply.status}
+
+
+def outcome(status: int | None) -> str:
+    """Of what is wrong in itself; ``status`` is None where nothing came back."""
+    if status is None:
+        return "closed"
+    return "answered" if status == 200 else "refused"
 
 
 def finish(reason: dict | str | None) -> None:
@@ -320,12 +335,12 @@ def anthropic(message: dict) -> dict:
     return message | {"content": parts}
 
 
-async def swallow_lost(task) -> None:
+async def swallow_lost(task: Coroutine[None, None, int]) -> int | None:
     """A lost server is noticed by the request itself."""
     try:
-        await task
+        return await task
     except LOST:
-        pass
+        return None
 
 
 async def connected(url: str, buffer: int | None = None):
@@ -349,19 +364,21 @@ async def sent(writer: asyncio.StreamWriter, url: str, path: str, body: bytes) -
     await writer.drain()
 
 
-async def send_raw(url: str, case: Raw, wait: float) -> dict:
+async def status_of(reader: asyncio.StreamReader) -> int | None:
+    """The status in the first line of a response."""
+    parts = (await reader.readline()).split()
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None
+
+
+async def send_raw(url: str, case: Raw, wait: float) -> int | None:
     """What comes back for bytes that are no request: a status, or nothing."""
     reader, writer = await connected(url)
     try:
         writer.write(case.data)
         await writer.drain()
-        if case.closes:
-            return {"status": None}
-        line = await asyncio.wait_for(reader.readline(), wait)
-        parts = line.split()
-        return {"status": int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else None}
+        return None if case.closes else await asyncio.wait_for(status_of(reader), wait)
     except (TimeoutError, ConnectionError):
-        return {"status": None}
+        return None
     finally:
         writer.transport.abort()
 

@@ -17,19 +17,16 @@ BOUNDS = {
     "prefilled again": 0.05,  # retracted, and its twin gone: its outputs were seen under full attention
     "before compaction": 0.01,  # put back twice: its second token saw the exact prompt
     "another draft": 0.01,  # its draft was retracted again and again, and did not vote
-    "no report": 0.02,  # the endpoint makes up ids of its own: which of these it was is not known
 }
 
 
-def judge(text: str, seen: dict | None, alone: Alone, resumed: Alone | None) -> str:
+def judge(text: str, seen: dict, alone: Alone, resumed: Alone | None) -> str:
     """The verdict on a whole greedy answer.
 
     Args:
         text: a character per token.
-        seen: its report; None where the endpoint gives none.
+        seen: its report.
     """
-    if seen is None:
-        return EQUAL if text in (alone.text, resumed and resumed.text) else "no report"
     retracted = seen["retractions"] > 0
     behind_twin = seen["prefix"]["kind"] in ("twin", "shared")
     # Behind a twin of the whole prompt; what a retracted request went on from at first is not told.

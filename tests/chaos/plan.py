@@ -48,11 +48,6 @@ class Spec:
         return self.body["sampling_params"]["custom_params"]
 
     @property
-    def chooses(self) -> bool:
-        """Whether it asks for a policy of its own."""
-        return "kv_policy" in self.custom
-
-    @property
     def drafts(self) -> bool:
         return bool(self.custom.get("kv_policy_config", {}).get("draft_tokens"))
 

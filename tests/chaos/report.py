@@ -16,6 +16,7 @@ GRACE = 5.0  # seconds in which what an outage did to a request may still reach 
 DELAY = 2.0  # and what an abort of all did to it
 GROWTH = 0.05  # most that a process's memory may grow from the middle third of a soak to the last
 NOT_SENT = "not sent"  # to our server: it brings the stock server down
+SERVER_ERRORS = 500, 502, 504  # 503 is what SGLang answers to a request that is aborted
 SOAK = 600.0  # seconds from which on that says something
 
 
@@ -35,9 +36,9 @@ def summary(storm: Storm) -> dict:
         "seconds": round(storm.seconds, 1),
         "outcomes": {action: dict(counts) for action, counts in sorted(outcomes.items())},
         "verdicts": dict(verdicts),
-        "compacted": sum(event.get("compacted", False) for event in answered),
-        "prefixes": dict(Counter(event["prefix"] for event in answered if "prefix" in event)),
-        "retracted answers": sum(event.get("retractions", 0) > 0 for event in answered),
+        "compacted": sum(event["compacted"] for event in answered),
+        "prefixes": dict(Counter(event["prefix"] for event in answered)),
+        "retracted answers": sum(event["retractions"] > 0 for event in answered),
         "retractions in logs": storm.retractions,
         "latency_s": {kind: quantiles(seconds) for kind, seconds in sorted(latencies.items())},
         "outages": storm.outages,
@@ -106,6 +107,8 @@ def problems(storm: Storm, cases: dict[str, Malformed], statuses: dict[str, dict
                 found.append(
                     f"{case.name} was answered with HTTP {event['status']}, on stock {known.get('stock')}"
                 )
+        elif not overlaps(span, outages):
+            found += [f"{name} was answered with HTTP {status}" for status in faults(event)]
     for name, known in statuses.items():
         if fault(cases[name], **known) == "ours":
             found.append(
@@ -125,6 +128,12 @@ def problems(storm: Storm, cases: dict[str, Malformed], statuses: dict[str, dict
 
 def overlaps(span: tuple[float, float], others: list[tuple[float, float]]) -> bool:
     return any(span[0] <= end and start <= span[1] for start, end in others)
+
+
+def faults(event: dict) -> list[int]:
+    """Statuses that nothing well-formed is answered with, and the 200 that garbage must not get."""
+    statuses = event.get("statuses", [event.get("status")])
+    return [s for s in statuses if s in SERVER_ERRORS or (s == 200 and event["action"] == "raw")]
 
 
 def as_it_should(case: Malformed, status: int | str) -> bool:

@@ -101,10 +101,7 @@ class Supervisor:
             if scheduler.status() == psutil.STATUS_ZOMBIE:
                 self.storm.crashes.append(self.server.log()[-3000:])
             scheduler.kill()
-            deadline = time.time() + SERVERS_END
-            while self.server.alive() and time.time() < deadline:
-                time.sleep(0.2)
-            outage["others ended"] = not self.server.alive()
+            outage["others ended"] = self.server.ends(SERVERS_END)
         self._restart(outage)
 
     def _restart(self, outage: dict) -> None:
@@ -216,8 +213,5 @@ def probe(server: Server, case: Malformed, patience: float = 60.0) -> int | str:
             case.method, server.url + case.path, data=case.body, headers=case.headers, timeout=patience
         )
     except requests.RequestException as error:
-        deadline = time.time() + 10
-        while server.alive() and time.time() < deadline:
-            time.sleep(0.2)
-        return type(error).__name__ if server.alive() else "ended"
+        return "ended" if server.ends(10) else type(error).__name__
     return reply.status_code
