@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
+
+import numpy as np
 
 from tests.serving import report
 
 
 class Difference(NamedTuple):
-    """Two answers part at ``index``, where the reference preferred its token by ``margin``."""
+    """Two answers part at ``index``, where the reference preferred its token to the other's by
+    ``margin``: infinite unless these two are its best."""
 
     index: int
     margin: float
@@ -19,8 +23,10 @@ def first_difference(reference: dict, other: dict) -> Difference | None:
     tokens, others = reference["output_ids"], other["output_ids"]
     for index, (a, b) in enumerate(zip(tokens, others, strict=True)):
         if a != b:
-            (first, *_), (second, *_) = reference["meta_info"]["output_top_logprobs"][index][:2]
-            return Difference(index, first - second)
+            best = reference["meta_info"]["output_top_logprobs"][index][:2]
+            (first, one, *_), (second, two, *_) = best
+            is_toss = {a, b} == {one, two} and math.isfinite(first - second)
+            return Difference(index, first - second if is_toss else math.inf)
     return None
 
 
@@ -29,12 +35,12 @@ def largest_deviation(reference: dict, other: dict) -> float:
     pairs = zip(
         reference["meta_info"]["output_token_logprobs"], other["meta_info"]["output_token_logprobs"]
     )
-    deviation = 0.0
+    deviations = [0.0]
     for (a, token, *_), (b, other_token, *_) in pairs:
         if token != other_token:
             break
-        deviation = max(deviation, abs(a - b))
-    return deviation
+        deviations.append(abs(a - b))
+    return float(np.max(deviations))  # NaN where there is one
 
 
 def assert_same(reference: list[dict], other: list[dict], tolerance: float, title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -14,6 +15,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Callable
 
 import requests
 from PIL import Image
@@ -207,17 +210,34 @@ class Server:
 
     def flush(self) -> None:
         """Empties the radix cache; waits until the server is idle."""
-        for _ in range(100):
-            if requests.post(self.url + "/flush_cache", timeout=60).status_code == 200:
-                return
+        deadline = time.monotonic() + 60
+        while requests.post(self.url + "/flush_cache", timeout=60).status_code != 200:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server did not become idle:\n{self.log()[-4000:]}")
             time.sleep(0.1)
-        raise TimeoutError("the server did not become idle")
 
     @staticmethod
     def _checked(response: requests.Response) -> dict:
         if response.status_code != 200:
             raise RuntimeError(f"HTTP {response.status_code}: {response.text[:2000]}")
         return response.json()
+
+
+def interrupted(server: Server, bodies: list[dict], interrupt: Callable[[], None]) -> list[dict]:
+    """Answers to ``bodies`` at once; ``interrupt`` is called when all of them have begun to decode."""
+    decoding = Barrier(len(bodies), interrupt)
+
+    def one(body: dict) -> dict:
+        url, body = server.url + "/generate", body | {"stream": True}
+        with requests.post(url, json=body, stream=True, timeout=300) as response:
+            lines = (line for line in response.iter_lines() if line)
+            next(lines), next(lines)  # the second token comes from kept rows
+            decoding.wait(300)
+            *_, last, _ = lines  # b"data: [DONE]" ends the stream
+        return json.loads(last.removeprefix(b"data: "))
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(one, bodies))
 
 
 def user_turn(text: str, num_images: int, has_video: bool) -> str:

@@ -25,6 +25,7 @@ class Endpoint(NamedTuple):
 
     Attributes:
         body: of a request with a prompt and ``custom_params``, for six tokens.
+        refusal: body of its HTTP 400 with a message.
         sees: whether it takes pictures.
         streams: whether it can stream.
         nested: whether ``custom_params`` stands deeper than at the top level.
@@ -32,6 +33,7 @@ class Endpoint(NamedTuple):
 
     path: str
     body: Callable[[Prompt, object], dict]
+    refusal: Callable[[str], dict]
     sees: bool = True
     streams: bool = True
     nested: bool = False
@@ -93,16 +95,36 @@ def ollama_generate(prompt: Prompt, custom: object) -> dict:
     return {"model": "m", "prompt": prompt.text, "options": {"num_predict": 6, "custom_params": custom}}
 
 
+def refusal(message: str) -> dict:
+    return {"error": {"message": message}}
+
+
+def openai_refusal(message: str) -> dict:
+    return {"object": "error", "message": message, "type": "BadRequestError", "param": None, "code": 400}
+
+
+def responses_refusal(message: str) -> dict:
+    return {"error": {"message": message, "type": "Bad Request", "param": None, "code": 400}}
+
+
+def anthropic_refusal(message: str) -> dict:
+    return {"type": "error", "error": {"type": "invalid_request_error", "message": message}}
+
+
+def ollama_refusal(message: str) -> dict:
+    return openai_refusal(message) | {"type": "400"}
+
+
 ENDPOINTS = (
-    Endpoint("/generate", generate, nested=True),
-    Endpoint("/vertex_generate", vertex, streams=False, nested=True),
-    Endpoint("/v1/chat/completions", chat),
-    Endpoint("/invocations", chat),
-    Endpoint("/v1/completions", completions, sees=False),
-    Endpoint("/v1/responses", responses),
-    Endpoint("/v1/messages", messages),
-    Endpoint("/api/chat", ollama_chat, sees=False, nested=True),
-    Endpoint("/api/generate", ollama_generate, sees=False, nested=True),
+    Endpoint("/generate", generate, refusal, nested=True),
+    Endpoint("/vertex_generate", vertex, refusal, streams=False, nested=True),
+    Endpoint("/v1/chat/completions", chat, openai_refusal),
+    Endpoint("/invocations", chat, openai_refusal),
+    Endpoint("/v1/completions", completions, openai_refusal, sees=False),
+    Endpoint("/v1/responses", responses, responses_refusal),
+    Endpoint("/v1/messages", messages, anthropic_refusal),
+    Endpoint("/api/chat", ollama_chat, ollama_refusal, sees=False, nested=True),
+    Endpoint("/api/generate", ollama_generate, ollama_refusal, sees=False, nested=True),
 )
 WAYS = [(endpoint, stream) for endpoint in ENDPOINTS for stream in {False, endpoint.streams}]
 every_way = pytest.mark.parametrize(
@@ -139,11 +161,27 @@ def test_an_endpoint_refuses_before_it_answers(any_policy, endpoint, stream):
         ({"kv_budgets": 1}, ["custom_params.kv_budgets", "kv_budget"]),
         ({"kv_report": "all"}, ["custom_params.kv_report", "'all'", "'positions'"]),
         ("snapkv", ["custom_params"]),
-        ({"mine": json.loads("[" * 600 + "]" * 600)}, ["custom_params is nested deeper"]),
+        (nested(33), ["custom_params is nested deeper than 32 levels"]),
+        (nested(600), ["custom_params is nested deeper than 32 levels"]),
     ]:
         answer = endpoint.ask(any_policy, custom, stream)
         assert answer.status_code == 400, answer.text
-        assert all(word in answer.text for word in words), answer.text
+        body = answer.json()
+        message = body.get("message") or body["error"]["message"]
+        if isinstance(custom, dict):  # SGLang itself refuses what is none
+            assert body == endpoint.refusal(message), "not the endpoint's own envelope"
+        assert all(word in message for word in words), message
+
+
+def nested(levels: int) -> dict:
+    """``custom_params`` so deep."""
+    return {"mine": json.loads("[" * (levels - 1) + "]" * (levels - 1))}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda e: e.path)
+def test_an_endpoint_takes_what_is_as_deep_as_may_be(any_policy, endpoint):
+    answer = endpoint.ask(any_policy, nested(32) | CHOICE)
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("endpoint", [e for e in ENDPOINTS if e.nested], ids=lambda e: e.path)
@@ -256,8 +294,8 @@ def test_an_id_of_ones_own_may_be_anything(any_policy):
 
 
 def test_an_unfinished_request_has_no_report_yet(any_policy):
-    body = generate(IMAGE, CHOICE) | {"stream": True, "rid": "unfinished"}
-    body["sampling_params"]["max_new_tokens"] = 100
+    body = generate(IMAGE, CHOICE) | {"stream": True, "rid": "unfinished", "return_logprob": False}
+    body["sampling_params"]["max_new_tokens"] = 600
     with requests.post(any_policy.url + "/generate", json=body, stream=True, timeout=60) as stream:
         lines = (line for line in stream.iter_lines() if line.startswith(b"data: {"))
         assert json.loads(next(lines)[6:])["meta_info"]["finish_reason"] is None

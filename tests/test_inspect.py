@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import random
@@ -11,18 +12,20 @@ import threading
 from array import array
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from sglang_vlkv.inspect import Problem, media, page, png
-from sglang_vlkv.inspect.__main__ import FAILED, LEFT_ALONE, main
+from sglang_vlkv.inspect.__main__ import main
 from sglang_vlkv.inspect.ask import Answer, ask, expanded
 from sglang_vlkv.inspect.heat import ALL, DIM, TINT, Choice, Kept, colours, paint
 from sglang_vlkv.inspect.subject import Subject
@@ -147,6 +150,15 @@ def appears(drawing: np.ndarray, left: int, part: Image.Image) -> bool:
 
 
 def test_the_font_can_be_chosen(tmp_path):
+    """It draws what the file's bytes draw, and not what they draw in another size."""
+    path, subject = tmp_path / "chosen.ttf", made_up_subject()
+    data = ImageFont.load_default(16).font_bytes
+    path.write_bytes(data)
+    chosen = png.load_font(path)
+    assert Path(chosen(16).path) == path
+    drawing = png.draw(subject, chosen)
+    assert drawing == png.draw(subject, lambda size: ImageFont.truetype(io.BytesIO(data), size))
+    assert drawing != png.draw(subject, lambda size: chosen(size + 1))
     with pytest.raises(Problem, match="cannot be read as a font"):
         png.load_font(tmp_path / "none.ttf")
 
@@ -252,6 +264,26 @@ def test_the_page_in_a_browser(driver, tmp_path):
     check(Choice(2, None))
     Select(layer).select_by_value("")
     check(ALL)
+    strength = driver.find_element(By.ID, "strength")
+    strength.send_keys(Keys.HOME)
+    [shown] = subject.pictures[0]
+    size = [first.get_property("width"), first.get_property("height")]
+    grid = [((x + 0.5) / 14, (y + 0.5) / 8) for x in range(14) for y in range(8)]
+    plain = np.asarray(shown.resize(size)).astype(int)
+    faded = np.array(driver.execute_script(PIXELS, first, grid))
+    want = [plain[int(y * size[1]), int(x * size[0])] for x, y in grid]
+    assert np.abs(faded - want).mean() < 3, "the picture alone"
+    strength.send_keys(Keys.END)
+    check(ALL)
+    heat = kept.map_of(kept.visuals[0])[0]
+    row, column = map(int, np.unravel_index(heat.argmax(), heat.shape))
+    across, down = (column + 0.5) / 7 - 0.5, (row + 0.5) / 4 - 0.5  # from the picture's middle
+    across, down = round(across * first.rect["width"]), round(down * first.rect["height"])
+    ActionChains(driver).move_to_element_with_offset(first, across, down).perform()
+    count = round(heat.max() * LAYERS * HEADS)
+    place = f"image 1, row {row}, column {column}, position {3 + 7 * row + column}"
+    told = f"{place}: kept by {count} of 6 layer-head pairs"
+    assert told in driver.find_element(By.ID, "readout").text
     ours = "Multiple readback operations"  # this test's
     assert not [entry for entry in driver.get_log("browser") if ours not in entry["message"]]
 
@@ -389,7 +421,7 @@ def test_the_command(any_policy, tmp_path):
 def test_a_prompt_that_was_left_alone(any_policy, tmp_path, capsys):
     options = ("--url", any_policy.url, "--image", DIGITS, "--question", "red?", "--max-tokens", "4")
     code, out, err = run(capsys, *options, "--out", tmp_path / "x")
-    assert code == LEFT_ALONE and out.startswith("answer: ") and not list(tmp_path.iterdir())
+    assert code == 1 and out.startswith("answer: ") and not list(tmp_path.iterdir())
     assert err == "Nothing to draw: the prompt was left alone, the budget keeps every row.\n"
 
 
@@ -440,7 +472,7 @@ def test_mistakes(any_policy, stock, not_sglang, tmp_path, capsys):
         ((*mine, "--video", broken), "broken.png cannot be read as a video"),
     ]:
         code, out, err = run(capsys, "--question", "red?", *options)
-        assert (code, out) == (FAILED, "") and said in err, (options, err)
+        assert (code, out) == (2, "") and said in err, (options, err)
         assert err.count("\n") == 1, err
     with pytest.raises(SystemExit):
         main(["--question", "red?"])

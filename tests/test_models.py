@@ -7,6 +7,7 @@ same server stands for stock, as ``test_equal_to_stock`` proves; ``VLKV_STOCK=1`
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from tests.prompts import CLIP, picture, words
 from tests.serving import POSITIONS, Server, report
 
 NUM_OUTPUT = 12
+STATE_GRIDS = {"qwen3-vl"}  # as docs/inspect.md says
 NUM_FRAMES = 18  # of a LLaVA video, which is a list of pictures; SGLang pools those of more than 16
 # Frames, or pairs of them, x rows x columns.
 CLIP_TOKENS = {"qwen3-vl": 4 * 10 * 10, "llava-onevision": NUM_FRAMES * 4 * 4, "internvl3": 32 * 8 * 8}
@@ -213,6 +215,13 @@ def test_a_tenth_is_kept_and_reported(served, tenth):
         n, kv_heads = answer["meta_info"]["prompt_tokens"], served.family.kv_heads
         visual, after = served.visual_tokens(asked, n), served.after_media(asked)
         assert (seen["prompt_tokens"], seen["visual_tokens"]) == (n, visual), title
+        sizes = [sum(end - start for start, end in each["spans"]) for each in seen["visual"]]
+        assert sum(sizes) == visual, title
+        grids = [each["grid"] for each in seen["visual"]]
+        if served.name in STATE_GRIDS:
+            assert [math.prod(grid) for grid in grids] == sizes, title
+        else:
+            assert not any(grids), title
         assert seen["voting_rows"] == max(after, 16), title
         assert sum(seen["kept_per_layer"]) == round(0.1 * n * LAYERS), title
         kept = list(chain(*seen["positions"]))

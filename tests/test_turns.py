@@ -185,19 +185,20 @@ def test_samples_share_one_copy(fleet, name):
 
 @pytest.mark.parametrize("name", ["fallback", "prefer"])
 def test_eight_clients_with_one_prompt_share_one_copy(fleet, name, tolerance):
+    """All at once: none is answered before the last has come."""
     server = fleet[name]
     server.flush()
     prompt = draw_prompt(2, "images")
-    [alone] = server.many([prompt.body(24)])
+    [alone] = server.many([prompt.body(96)])
     server.flush()
     start = len(server.log())
-    answers = server.many([prompt.body(24) for _ in range(8)])
+    answers = server.many([prompt.body(96) for _ in range(8)])
     assert [prefix(answer)["kind"] for answer in answers].count("shared") >= 6
     assert_same([alone] * 8, answers, tolerance, f"eight at once, {name}")
     rows = held(alone)
-    assert peak_tokens(server.log()[start:]) <= rows + 8 * 24
+    assert peak_tokens(server.log()[start:]) <= rows + 8 * 96
     # Equal answers are one twin too; a repeated prompt may leave its last token beside it.
-    assert twins(server)["slots"] <= rows + 2 * 24
+    assert twins(server)["slots"] <= rows + 2 * 96
 
 
 @pytest.mark.parametrize("name", ["fallback", "prefer"])
@@ -229,7 +230,8 @@ def test_a_fork_holds_its_beginning_once(fleet, name, tolerance):
 
 
 def test_questions_behind_one_picture_share_its_rows(fleet):
-    """Prompts that begin alike and differ before their end: the twin serves what is common."""
+    """Prompts that begin alike and differ before their end, all at once: the twin serves what is
+    common."""
     server = fleet["fallback"]
     server.flush()
     rng = random.Random(8)
@@ -239,7 +241,7 @@ def test_questions_behind_one_picture_share_its_rows(fleet):
     [first] = server.many([asked[0].body(16)])
     evict_exact_kv(server, POOL)
     before, start = twins(server), len(server.log())
-    answers = server.many([prompt.body(16) for prompt in asked[1:]])
+    answers = server.many([prompt.body(48) for prompt in asked[1:]])
     common = report(first)["prompt_tokens"] - len(tokens_after(asked[0], "A"))
     for answer in answers:
         assert prefix(answer)["kind"] in ("twin", "shared")
