@@ -56,7 +56,8 @@ def vertex(prompt: Prompt, custom: object) -> dict:
 
 
 def chat(prompt: Prompt, custom: object) -> dict:
-    return conversation({"type": "image_url", "image_url": {"url": data_url(prompt.images[0])}}, prompt, custom)
+    picture = {"type": "image_url", "image_url": {"url": data_url(prompt.images[0])}}
+    return conversation(picture, prompt, custom)
 
 
 def conversation(picture: dict, prompt: Prompt, custom: object) -> dict:
