@@ -161,7 +161,7 @@ def test_a_server_is_the_same_without_subscribers(watched):
     with Listener(watched.address) as listener:
         after = listener.read_all()[-1]
     for kind in ("released", "compacted"):
-        assert after["counts"][kind] - before["counts"][kind] == 2
+        assert after["counts"][kind] - before["counts"].get(kind, 0) == 2
     happened = sum(after["counts"].values()) - sum(before["counts"].values())
     assert after["seq"] - before["seq"] > happened and after["started"] == before["started"]
     assert (after["layers"], after["slots"], after["policy"]) == (4, 3000, "vlcache")
