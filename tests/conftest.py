@@ -168,7 +168,8 @@ def fleet():
 @pytest.fixture(scope="session")
 def watched(fleet, tmp_path_factory) -> Watched:
     """A tight server under watch from an empty cache to the next flush."""
-    return watch(fleet["fallback"], FLEET["fallback"][0], tmp_path_factory.mktemp("watched") / "events.jsonl")
+    recording = tmp_path_factory.mktemp("watched") / "events.jsonl"
+    return watch(lambda: fleet["fallback"], FLEET["fallback"][0], recording)
 
 
 @pytest.fixture(scope="module")

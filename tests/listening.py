@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import orjson
 import zmq
@@ -23,16 +24,13 @@ def events_of(server: Server) -> str:
 
 
 class Listener:
-    """Subscribes to all kinds; a context manager.
-
-    Args:
-        waits: until the server has answered.
+    """Subscribes to all kinds, and has been answered; a context manager.
 
     Attributes:
         messages: those read so far.
     """
 
-    def __init__(self, address: str, waits: bool = True) -> None:
+    def __init__(self, address: str) -> None:
         self.messages: list[dict] = []
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
@@ -40,8 +38,7 @@ class Listener:
         self._socket.subscribe(b"")
         self._socket.connect(address)
         self._asked = 0
-        if waits:
-            self.read_all()
+        self.read_all()
 
     def __enter__(self) -> Listener:
         return self
@@ -58,17 +55,40 @@ class Listener:
         self._asked += 1
         self._socket.subscribe(f"nothing {self._asked}".encode())
         while time.time() < asked + timeout:
-            if self._socket.poll(100):
-                topic, payload = self._socket.recv_multipart()
-                message = orjson.loads(payload)
-                assert topic.decode() == message["kind"]
-                self.messages.append(message)
-                if message["kind"] == "server" and message["time"] > asked and not message["queued"]:
-                    return self.messages
+            message = self._next()
+            if message and message["kind"] == "server" and message["time"] > asked and not message["queued"]:
+                return self.messages
         raise TimeoutError(f"no server's message after {timeout} s")
 
+    def read_on(self) -> None:
+        """What comes until nothing has come for 100 milliseconds; the server may have ended."""
+        while self._next():
+            pass
+
+    def _next(self) -> dict | None:
+        """The next message, if one comes within 100 milliseconds."""
+        if not self._socket.poll(100):
+            return None
+        topic, payload = self._socket.recv_multipart()
+        message = orjson.loads(payload)
+        assert topic.decode() == message["kind"]
+        self.messages.append(message)
+        return message
+
     def of_kind(self, kind: str) -> list[dict]:
-        return [message for message in self.messages if message["kind"] == kind]
+        return of_kind(self.messages, kind)
+
+
+def of_kind(messages: list[dict], kind: str) -> list[dict]:
+    return [message for message in messages if message["kind"] == kind]
+
+
+def attempts(missing: str, seconds: float = 120) -> Iterator[int]:
+    """Counts up while the caller waits for what is ``missing``, and fails after so long."""
+    deadline = time.monotonic() + seconds
+    for attempt in itertools.count():
+        yield attempt
+        assert time.monotonic() < deadline, f"not there after {seconds} s: {missing}"
 
 
 def num_missed(messages: list[dict]) -> int:
@@ -81,23 +101,32 @@ class Watched(NamedTuple):
     """What a server did, and what two subscribers saw of it.
 
     Attributes:
+        find: gives the server; another one, started alike, where it has been stopped since.
         answers: of all requests.
         messages: as the first subscriber read them.
         state: as the second, the monitor's, folded them.
         recording: as the monitor recorded them.
     """
 
-    server: Server
-    address: str
+    find: Callable[[], Server]
     answers: list[dict]
     messages: list[dict]
     state: State
     recording: Path
 
+    @property
+    def server(self) -> Server:
+        return self.find()
 
-def watch(server: Server, pool: int, recording: Path) -> Watched:
+    @property
+    def address(self) -> str:
+        return events_of(self.server)
+
+
+def watch(find: Callable[[], Server], pool: int, recording: Path) -> Watched:
     """A conversation that goes on from its twins, many questions about one picture, more than the pool
     of ``pool`` slots holds, different pictures, text, and a flush."""
+    server = find()
     server.flush()
     address, state, rng = events_of(server), State(), random.Random(7)
     with Listener(address) as listener, recording.open("wb") as record:
@@ -106,7 +135,7 @@ def watch(server: Server, pool: int, recording: Path) -> Watched:
         _, answers = talk(server, said, None, lambda: evict_exact_kv(server, pool))
         asked = draw_prompt(3, "image").images
         tight = {"max_new_tokens": 64, "ignore_eos": False, "custom": {"kv_budget": 0.3}}
-        for attempt in range(4):  # whether one has to wait is a matter of timing
+        for attempt in attempts("a request that waits for room"):  # a matter of timing
             questions = [Server.body(f"number {i} of {attempt}", asked, **tight) for i in range(25)]
             answers += server.many(questions[:1]) + server.many(questions[1:])
             listener.read_all()
@@ -115,13 +144,17 @@ def watch(server: Server, pool: int, recording: Path) -> Watched:
         answers += server.many([draw_prompt(seed, "image").body(8, rid=f"image {seed}") for seed in range(4)])
         answers += server.many([draw_prompt(seed, "text").body(8) for seed in range(4)])
         ended = time.time()
-        while not any(message["time"] > ended for message in listener.of_kind("pool")):
+        for _ in attempts("what the idle pool holds"):
             time.sleep(0.1)
             listener.read_all()
+            if any(message["time"] > ended for message in listener.of_kind("pool")):
+                break
         server.flush()
         last = listener.read_all()[-1]["seq"]
-        while not state.replicas or state.replicas[0].next_seq <= last:
+        for _ in attempts(f"message {last}, for the monitor"):
             for received, message in feed.read(1.0):
                 state.fold(message, received)
+            if state.replicas and state.replicas[0].next_seq > last:
+                break
         feed.close()
-    return Watched(server, address, answers, listener.messages, state, recording)
+    return Watched(find, answers, listener.messages, state, recording)

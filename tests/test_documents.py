@@ -9,17 +9,25 @@ import torch
 
 from sglang_vlkv.base import Layer, Modality, Prompt, Rows
 from sglang_vlkv.select import select
+from tests.documents import anchors, links
 from tests.serving import ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
+FOLDERS = ("*.md", "docs/**/*.md", "*/README.md", "examples/*/README.md", "benchmarks/*/README.md")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(folder))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
 def test_links_lead_somewhere(document):
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text())
-    links = [link for link in links if not re.match(r"[a-z]+:", link)]
-    missing = [link for link in links if not (document.parent / link).exists()]
-    assert not missing
+    found = links(document.read_text())
+    assert not [link.path for link in found if not (document.parent / link.path).exists()]
+    for path, anchor in found:
+        aim = document.parent / path if path else document
+        assert not anchor or anchor in anchors(aim.read_text()), f"{path}#{anchor}"
+
+
+def test_anchors_are_named_as_on_github():
+    text = "# A `x`, or 1\n```bash\n# no heading\n```\n## B_c-d: e/f\n## B_c-d: e/f\n"
+    assert anchors(text) == {"a-x-or-1", "b_c-d-ef", "b_c-d-ef-1"}
 
 
 def test_all_that_is_refused_is_listed():

@@ -7,11 +7,15 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 
+from sglang_vlkv.metrics import PREFIX
+from sglang_vlkv.routes import HEADER
 from tests.conftest import POOL
 from tests.conversation import talk
 from tests.equality import assert_same
 from tests.prompts import CLIP, draw_prompt, picture, words
+from tests.scrape import Scrape
 from tests.serving import Server, report
 
 KINDS = ("image", "images", "video", "text")
@@ -100,12 +104,38 @@ def test_left_alone_beside_compacted_ones(vlcache, expected, tolerance):
     )
 
 
-def test_policy_none_is_stock(expected, tolerance):
-    with Server(*POOL, "--kv-policy", "none") as server:
-        answers = server.many(BODIES)
-        info = server.info()
+@pytest.fixture(scope="module")
+def without_policy():
+    with Server(*POOL, "--kv-policy", "none", "--enable-metrics") as server:
+        yield server
         assert server.alive(), server.log()[-4000:]
+
+
+def test_policy_none_is_stock(without_policy, expected, tolerance):
+    answers, info = without_policy.many(BODIES), without_policy.info()
     assert info["kv_policy"] == {"policy": "none"}
     assert info["radix_cache_backend"] is None
     assert all("kv_policy" not in answer["meta_info"] for answer in answers)
     assert_same(expected, answers, tolerance, "policy none")
+
+
+def test_policy_none_counts_nothing(without_policy):
+    [prompt, *_] = PROMPTS
+    without_policy.many([prompt.body(2)])
+    exported = Scrape(without_policy)
+    assert exported("sglang:num_requests_total") >= 1
+    assert not [name for name in exported.types if name.startswith(PREFIX)]
+
+
+@pytest.mark.parametrize("custom", [{"kv_policy": "h2o"}, {"kv_x": 1}], ids=lambda custom: [*custom][0])
+def test_policy_none_refuses_what_is_asked_of_it(without_policy, custom):
+    answer = without_policy.post("/generate", PROMPTS[0].body(1, custom=custom))
+    assert answer.status_code == 400 and [*custom][0] in answer.text
+
+
+def test_policy_none_has_no_reports(without_policy):
+    answer = without_policy.post("/generate", PROMPTS[0].body(2, rid="somebody"))
+    assert answer.status_code == 200 and HEADER not in answer.headers
+    for path in ("requests/somebody", "requests/nobody", "requests/somebody/choices", "twins"):
+        found = requests.get(f"{without_policy.url}/kv_policy/{path}", timeout=60)
+        assert found.status_code == 404 and "polic" in found.text.lower(), path

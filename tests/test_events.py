@@ -16,15 +16,12 @@ from sglang_vlkv import events, publisher
 from sglang_vlkv.config import DEFAULTS, REQUEST_KEYS
 from sglang_vlkv.monitor.state import State
 from sglang_vlkv.publisher import KINDS, Publisher, address, check_free, encode, is_public, of_replica
-from tests.listening import Listener, num_missed
+from tests.documents import quoted, section, table
+from tests.listening import Listener, attempts, num_missed, of_kind
 from tests.prompts import draw_prompt
 from tests.serving import ROOT, free_port, report
 
 DOCUMENTATION = (ROOT / "docs" / "events.md").read_text()
-
-
-def of_kind(messages: list[dict], kind: str) -> list[dict]:
-    return [message for message in messages if message["kind"] == kind]
 
 
 # ---- A server's ----
@@ -46,11 +43,12 @@ def test_every_kind_arrives_and_nothing_is_lost(watched):
 
 def test_a_messages_fields_are_the_documented_ones(watched):
     for message in watched.messages:
-        assert list(message) == [*documented("Messages"), *documented(message["kind"])]
+        assert list(message) == [*documented("Messages"), *documented(f"`{message['kind']}`")]
 
 
 def test_events_say_what_the_reports_say(watched):
-    """Of every request; one that was retracted is compacted once, and goes on from its rows."""
+    """Of every request. One that was retracted goes on from its rows, or is compacted again; what its
+    report says is of the last time."""
     compacted = {message["rid"]: message for message in of_kind(watched.messages, "compacted")}
     released = {message["rid"]: message for message in of_kind(watched.messages, "released")}
     hits = {message["rid"]: message for message in of_kind(watched.messages, "twin_hit")}
@@ -163,7 +161,7 @@ def test_a_server_is_the_same_without_subscribers(watched):
     with Listener(watched.address) as listener:
         after = listener.read_all()[-1]
     for kind in ("released", "compacted"):
-        assert after["counts"][kind] - before["counts"][kind] == 2
+        assert after["counts"][kind] - before["counts"].get(kind, 0) == 2
     happened = sum(after["counts"].values()) - sum(before["counts"].values())
     assert after["seq"] - before["seq"] > happened and after["started"] == before["started"]
     assert (after["layers"], after["slots"], after["policy"]) == (4, 3000, "vlcache")
@@ -230,7 +228,7 @@ def test_what_finds_the_queue_full_is_dropped_and_counted(made, monkeypatch):
     monkeypatch.setattr(publisher, "MAX_QUEUED", 100)
     monkeypatch.setattr(publisher, "ROUND_EVENTS", 0)  # the sender sends nothing meanwhile
     one = made()
-    with Listener(one.address, waits=False) as listener:
+    with Listener(one.address) as listener:
         for number in range(250):
             one(events.Deferred(f"request {number}"))
         assert one.describe() == {"endpoint": one.address, "schema": 1, "queued": 100, "dropped": 150}
@@ -277,14 +275,16 @@ def test_who_lags_misses_messages_and_sees_that(made, monkeypatch):
 
 def test_closing_sends_what_is_queued_and_frees_the_address(monkeypatch):
     monkeypatch.setattr(publisher, "ROUND_EVENTS", 10_000)
+    monkeypatch.setattr(publisher, "LAST_SECONDS", 60)  # for machines that are slow
     one = Publisher(f"tcp://127.0.0.1:{free_port()}", 0, dict)
     with Listener(one.address) as listener:
         for _ in range(9000):
             one(USE)
         one.close()
-        with pytest.raises(TimeoutError):
-            listener.read_all(timeout=1)
-        assert len(listener.of_kind("pool")) == 9000
+        for _ in attempts("all that was queued"):
+            listener.read_on()
+            if len(listener.of_kind("pool")) == 9000:
+                break
     check_free(one.address, 1)
 
 
@@ -351,15 +351,14 @@ def test_an_address_that_is_taken_is_refused_and_left_alone(made, tmp_path, kind
 # ---- Documentation ----
 
 
-def documented(section: str) -> list[str]:
+def documented(heading: str) -> list[str]:
     """The fields in the table of a section of docs/events.md."""
-    [body] = re.findall(rf"^##+ `?{section}`?\n(.*?)(?=^##|\Z)", DOCUMENTATION, re.M | re.S)
-    return re.findall(r"^\| `(\w+)` \|", body, re.M)
+    return [quoted(row[0])[0] for row in table(section(DOCUMENTATION, heading), "field")]
 
 
 def test_all_fields_of_all_kinds_are_documented():
     for event, kind in KINDS.items():
-        assert list(event._fields) == documented(kind), kind
+        assert list(event._fields) == documented(f"`{kind}`"), kind
     kinds = re.findall(r"^### `(\w+)`$", DOCUMENTATION, re.M)
     assert sorted(kinds) == sorted([*KINDS.values(), "server"])
     assert f"| `schema` | int | {publisher.SCHEMA} |" in DOCUMENTATION

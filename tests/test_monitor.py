@@ -24,6 +24,7 @@ from sglang_vlkv.monitor.feeds import LiveFeed, Replay
 from sglang_vlkv.monitor.state import State
 from sglang_vlkv.monitor.view import bars_of, line, pool_parts, resample, size_of, view
 from sglang_vlkv.publisher import Publisher
+from tests.listening import of_kind
 from tests.prompts import draw_prompt
 from tests.serving import free_port, report
 
@@ -52,18 +53,16 @@ def test_a_replay_gives_the_state_that_was_watched(watched):
 
 def test_it_counts_what_the_reports_say(watched):
     reports = [report(answer) for answer in watched.answers]
-    state, compacted = watched.state, {}
-    for message in watched.messages:
-        if message["kind"] == "compacted":
-            compacted[message["rid"]] = message
+    state, compactions = watched.state, of_kind(watched.messages, "compacted")
+    compacted = {message["rid"] for message in compactions}
     prefixes = Counter(seen["prefix"]["kind"] for seen in reports)
     assert state.ended["finished"] - len(reports) == state.prefixes.total() - prefixes.total() <= 2
     for kind in ("twin", "shared", "exact"):
         assert state.prefixes[kind] == prefixes[kind]
     assert state.ended["retracted"] == sum(seen["retractions"] for seen in reports)
-    assert state.kinds["compacted"] == len(compacted) == sum(state.histogram)
-    assert state.full_total == sum(message["full_bytes"] for message in compacted.values())
-    assert state.kept_total == sum(message["kept_bytes"] for message in compacted.values())
+    assert state.kinds["compacted"] == len(compactions) == sum(state.histogram)
+    assert state.full_total == sum(message["full_bytes"] for message in compactions)
+    assert state.kept_total == sum(message["kept_bytes"] for message in compactions)
     for answer in watched.answers:
         seen, request = report(answer), state.requests[answer["meta_info"]["id"]]
         assert request.prompt_tokens == seen["prompt_tokens"]

@@ -14,9 +14,10 @@ from sglang_vlkv.ranks import agree, carried
 from tests.conftest import POOL, TIGHT
 from tests.conversation import Conversation, evict_exact_kv, twins
 from tests.equality import alike, assert_same
+from tests.listening import Listener, of_kind
 from tests.prompts import Prompt, draw_prompt, picture, words
 from tests.scrape import Scrape
-from tests.serving import POSITIONS, Server, install_entry_point, interrupted, report
+from tests.serving import POSITIONS, Server, free_port, install_entry_point, interrupted, report
 from tests.test_turns import prefix
 
 PICTURES = [draw_prompt(seed, kind) for kind in ("image", "images") for seed in range(10, 13)]
@@ -192,8 +193,15 @@ def test_ranks_agree_on_equal_digests_only(num_ranks):
 
 
 @pytest.fixture(scope="module")
-def replicas():
+def events_port():
+    """Of the first replica; the other one's is the next."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def replicas(events_port):
     flags = ("--kv-policy", "vlcache", "--kv-policy-config", '{"allow_override": true}', "--sleep-on-idle")
+    flags += ("--enable-metrics", "--kv-events-endpoint", str(events_port))
     with Server(*POOL, "--dp-size", "2", *flags, env=BOUND) as server:
         yield server
         assert server.alive(), server.log()[-4000:]
@@ -231,3 +239,27 @@ def test_counts_aborts_and_flushes_reach_all_replicas(replicas):
             assert re.search(rb'"type": ?"abort"', b"".join(lines))
     replicas.flush()
     assert (twins(replicas)["twins"], twins(replicas)["slots"]) == (0, 0)
+
+
+def test_each_replica_publishes_and_counts_its_own(replicas, events_port):
+    endpoints = [f"tcp://127.0.0.1:{events_port + rank}" for rank in (0, 1)]
+    published = [state["kv_events"]["endpoint"] for state in replicas.info()["internal_states"]]
+    assert sorted(published) == sorted(endpoints)
+    routed = {"a": 0, "b": 1, "c": 1}
+    bodies = [
+        draw_prompt(seed, "image").body(4, rid=rid) | {"routed_dp_rank": rank}
+        for seed, (rid, rank) in enumerate(routed.items(), 700)
+    ]
+    before = Scrape(replicas)
+    with Listener(endpoints[0]) as first, Listener(endpoints[1]) as second:
+        replicas.many(bodies)
+        twins(replicas)  # answered when all before it has been put away
+        heard = first.read_all(), second.read_all()
+    after = Scrape(replicas)
+    for rank, messages in enumerate(heard):
+        own = sorted(rid for rid in routed if routed[rid] == rank)
+        assert {message["dp_rank"] for message in messages} == {rank}
+        for kind in ("compacted", "released"):
+            assert sorted(message["rid"] for message in of_kind(messages, kind)) == own
+        name, labels = "sglang_vlkv_finished_requests_total", {"dp_rank": str(rank)}
+        assert after(name, **labels) - before(name, **labels) == len(own)

@@ -11,6 +11,7 @@ import pytest
 from sglang_vlkv.config import OPERATOR_OPTIONS, REQUEST_KEYS, Settings
 from sglang_vlkv.policies import policies
 from sglang_vlkv.report import ReportStore
+from tests.documents import quoted, section, table
 from tests.serving import ROOT
 from tests.test_endpoints import ENDPOINTS, HEADER, IMAGE, generate, report, stored
 
@@ -55,19 +56,17 @@ def test_a_program_runs(any_policy, program, monkeypatch, capsys):
         assert stored(any_policy, printed.strip())["reason"] == "no image or video"
 
 
-def rows(heading: str) -> list[str]:
-    """First cells of the table below a heading."""
-    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"(?m)^\| (.*?) \|", section.split("|---|", 1)[1])
+def rows(heading: str, column: str) -> set[str]:
+    """What stands in code in the first cells of a table below a heading."""
+    return {name for cell, *_ in table(section(TEXT, heading), column) for name in quoted(cell)}
 
 
 def test_the_tables_are_complete(any_policy):
-    assert [cell.strip("`") for cell in rows("Fields")] == [*REQUEST_KEYS, "kv_report"]
+    assert rows("Fields", "`custom_params`") == {*REQUEST_KEYS, "kv_report"}
     operators = {"allow_override", "min_budget", "max_budget"}
-    assert operators <= {cell.strip("`") for cell in rows("What an operator allows")} & set(OPERATOR_OPTIONS)
+    assert operators <= rows("What an operator allows", "option") & set(OPERATOR_OPTIONS)
     assert f"| `min_budget` | {Settings.min_budget} |" in TEXT
-    listed = set(re.findall(r"`(\w+)`", " ".join(rows("Reports"))))
-    seen = set()
+    seen, listed = set(), rows("Reports", "field")
     for custom in ({"kv_policy": "h2o", "kv_report": "positions"}, None):
         seen |= set(report(any_policy.post("/generate", generate(IMAGE, custom)).json()))
     assert seen - {"reason"} == listed - {"ranks"}  # of several ranks only
