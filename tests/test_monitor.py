@@ -121,6 +121,21 @@ def folded(*messages: dict) -> State:
     return state
 
 
+def test_a_draft_is_no_request_of_its_own():
+    draft = {
+        "rid": "a", "policy": "vlkv", "reason": "", "outcome": "finished", "prefix": "cold",
+        "prompt_tokens": 300, "output_tokens": 9, "draft": True,
+    }  # fmt: skip
+    state = folded(message(0, "released", **draft))
+    assert state.requests["a"].outcome == "drafted" and not state.prefixes and not state.ended
+    request = draft | {"draft": False, "output_tokens": 20, "prefix": "exact"}
+    state.fold(message(1, "released", **request), 101.0)
+    assert state.ended == {"finished": 1} and state.prefixes == {"exact": 1}
+    assert state.requests["a"].output_tokens == 20
+    aborted = folded(message(0, "released", **draft | {"outcome": "aborted"}))
+    assert aborted.ended == {"aborted": 1}, "nothing follows it"
+
+
 def test_what_is_missing_is_shown():
     state = folded(message(7), message(8), message(11), message(12, dropped=5))
     assert (state.missed, state.dropped) == (2, 5)
@@ -305,6 +320,7 @@ def test_mistakes_are_a_sentence():
     for arguments, said in {
         ("somewhere",): "the endpoint is 'somewhere'; it must be a port",
         ("--replay", "no/such/file"): "No such file",
+        ("--replay", "no/such/file", "--record", "other"): "give it without --replay",
     }.items():
         done = run(*arguments)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
