@@ -248,6 +248,28 @@ def user_turn(text: str, num_images: int, has_video: bool) -> str:
     return f"<|im_start|>user\n{media}{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
+def user_message(text: str, images=(), video=None) -> dict:
+    """The same for OpenAI's chat endpoint."""
+    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+    if video:
+        parts.append({"type": "video_url", "video_url": {"url": str(video)}})
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def for_anthropic(message: dict) -> dict:
+    """A message of the OpenAI API as the Anthropic API writes it."""
+    if isinstance(message["content"], str):
+        return message
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "image_url":
+            data = part["image_url"]["url"].partition(",")[2]
+            source = {"type": "base64", "media_type": "image/png", "data": data}
+            part = {"type": "image", "source": source}
+        parts.append(part)
+    return message | {"content": parts}
+
+
 def install_entry_point(folder: Path, group: str, name: str, value: str) -> None:
     """What pip would leave of a package with one entry point, for processes with ``folder`` on
     their ``PYTHONPATH``."""

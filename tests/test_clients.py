@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from tests.prompts import CLIP, draw_prompt
-from tests.serving import ROOT, Server, data_url, report
+from tests.serving import ROOT, Server, report, user_message
 
 REPORT_FIELDS = {
     "policy", "budget", "prompt_tokens", "visual_tokens", "voting_rows", "sparsity_per_layer",
@@ -28,10 +28,7 @@ def client(vlcache):
 
 
 def messages(prompt) -> list[dict]:
-    content = [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in prompt.images]
-    if prompt.video:
-        content.append({"type": "video_url", "video_url": {"url": str(prompt.video)}})
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}]
+    return [user_message(prompt.text, prompt.images, prompt.video)]
 
 
 def test_report_of_a_compacted_request(vlcache):

@@ -13,7 +13,7 @@ import requests
 
 from sglang_vlkv.policies import policies
 from tests.prompts import Prompt, draw_prompt
-from tests.serving import CHECKPOINT, Server, data_url, report, user_turn
+from tests.serving import CHECKPOINT, Server, data_url, for_anthropic, report, user_message, user_turn
 
 HEADER = "X-KV-Policy-Request"
 CHOICE = {"kv_policy": "snapkv", "kv_budget": 0.2}
@@ -56,15 +56,12 @@ def vertex(prompt: Prompt, custom: object) -> dict:
 
 
 def chat(prompt: Prompt, custom: object) -> dict:
-    picture = {"type": "image_url", "image_url": {"url": data_url(prompt.images[0])}}
-    return conversation(picture, prompt, custom)
+    return conversation(user_message(prompt.text, prompt.images[:1]), custom)
 
 
-def conversation(picture: dict, prompt: Prompt, custom: object) -> dict:
-    content = [picture, {"type": "text", "text": prompt.text}]
+def conversation(message: dict, custom: object) -> dict:
     return {
-        "model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 6,
-        "temperature": 0, "custom_params": custom,
+        "model": "m", "messages": [message], "max_tokens": 6, "temperature": 0, "custom_params": custom,
     }  # fmt: skip
 
 
@@ -82,9 +79,7 @@ def responses(prompt: Prompt, custom: object) -> dict:
 
 
 def messages(prompt: Prompt, custom: object) -> dict:
-    data = data_url(prompt.images[0]).split(",")[1]
-    source = {"type": "base64", "media_type": "image/png", "data": data}
-    return conversation({"type": "image", "source": source}, prompt, custom)
+    return conversation(for_anthropic(user_message(prompt.text, prompt.images[:1])), custom)
 
 
 def ollama_chat(prompt: Prompt, custom: object) -> dict:

@@ -15,13 +15,21 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from transformers import AutoTokenizer
 
 from sglang_vlkv.tinyvlm import build
-from sglang_vlkv.tinyvlm.ask import data_url
 from tests.adapters import FLAGS as LORA
 from tests.adapters import install_unpinned, write_adapter
 from tests.conversation import evict_exact_kv, twins
 from tests.equality import assert_same
 from tests.prompts import draw_prompt
-from tests.serving import CHECKPOINT, POSITIONS, Server, free_port, interrupted, report, user_turn
+from tests.serving import (
+    CHECKPOINT,
+    POSITIONS,
+    Server,
+    free_port,
+    interrupted,
+    report,
+    user_message,
+    user_turn,
+)
 
 POOL = 4000
 # Every row is gathered, moved to other cells and decoded from there.
@@ -226,10 +234,8 @@ def test_beam_search_leaves_the_prompt_alone(pair, width):
     ids=["response_format", "tools"],
 )
 def test_structure_on_the_openai_endpoint(pair, asks):
-    picture = {"type": "image_url", "image_url": {"url": data_url(PROMPT.images[0])}}
-    content = [picture, {"type": "text", "text": PROMPT.text}]
     body = {"model": "tiny", "max_tokens": 80, "temperature": 0, "return_meta_info": True} | asks
-    body["messages"] = [{"role": "user", "content": content}]
+    body["messages"] = [user_message(PROMPT.text, PROMPT.images)]
     theirs, ours = (
         Server._checked(server.post("/v1/chat/completions", body | more))["choices"][0]
         for server, more in ((pair.stock, {}), (pair.ours, {"custom_params": FULL}))

@@ -25,7 +25,7 @@ from tests.equality import alike, assert_same, first_difference, largest_deviati
 from tests.hf_families import reference, write_transformers_layout
 from tests.hf_reference import reference_selection
 from tests.prompts import CLIP, picture, words
-from tests.serving import POSITIONS, Server, report
+from tests.serving import POSITIONS, Server, report, user_message
 
 NUM_OUTPUT = 12
 STATE_GRIDS = {"qwen3-vl"}  # as docs/inspect.md says
@@ -272,14 +272,11 @@ def test_kept_rows_and_answers_are_those_of_the_reference(served, tenth):
 def test_chat_shows_the_policy_the_same_picture(served, tenth):
     """Through the checkpoint's own chat template; for InternVL SGLang has one, with a system message."""
     asked, first = served.asked["picture first"], tenth[0]
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(asked.images[0])}},
-        {"type": "text", "text": asked.texts[-1]},
-    ]
+    message = user_message(asked.texts[-1], asked.images[:1])
     response = served.server.post(
         "/v1/chat/completions",
         {
-            "model": "any", "messages": [{"role": "user", "content": content}], "max_tokens": 2,
+            "model": "any", "messages": [message], "max_tokens": 2,
             "temperature": 0.0, "ignore_eos": True, "return_meta_info": True, "custom_params": TENTH,
         },
     )  # fmt: skip

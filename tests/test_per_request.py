@@ -15,7 +15,7 @@ import requests
 from sglang_vlkv.policies import policies
 from tests.equality import assert_same
 from tests.prompts import draw_prompt
-from tests.serving import ROOT, Server, data_url, report
+from tests.serving import ROOT, Server, report, user_message
 
 ORDINARY = [name for name in policies() if name != "none"]
 REQUESTS = int(os.environ.get("VLKV_REQUESTS", 40))  # for each policy
@@ -82,11 +82,10 @@ def test_a_request_inherits_what_it_does_not_say(any_policy):
 
 def test_the_openai_client_chooses_too(any_policy):
     client = openai.OpenAI(base_url=any_policy.url + "/v1", api_key="none")
-    picture = {"type": "image_url", "image_url": {"url": data_url(PICTURES[0].images[0])}}
     extra = {"custom_params": {"kv_policy": "snapkv", "kv_budget": 0.2}, "return_meta_info": True}
     answer = client.chat.completions.create(
         model="m", max_tokens=4, temperature=0, extra_body=extra,
-        messages=[{"role": "user", "content": [picture, {"type": "text", "text": "what"}]}],
+        messages=[user_message("what", PICTURES[0].images)],
     )  # fmt: skip
     seen = answer.choices[0].meta_info["kv_policy"]
     assert (seen["policy"], seen["budget"]) == ("snapkv", 0.2)
@@ -203,11 +202,9 @@ def drafts_long(path: str) -> dict:
     custom = {"kv_policy": "vlkv", "kv_policy_config": {"draft_tokens": 250}}
     if path == "/generate":
         return PICTURES[0].body(500, custom=custom)
-    picture = {"type": "image_url", "image_url": {"url": data_url(PICTURES[0].images[0])}}
-    message = {"role": "user", "content": [picture, {"type": "text", "text": "what"}]}
     return {
-        "model": "m", "messages": [message], "max_tokens": 500, "temperature": 0, "ignore_eos": True,
-        "custom_params": custom, "logprobs": True, "top_logprobs": 2,
+        "model": "m", "messages": [user_message("what", PICTURES[0].images)], "max_tokens": 500,
+        "temperature": 0, "ignore_eos": True, "custom_params": custom, "logprobs": True, "top_logprobs": 2,
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from sglang_vlkv.policies import policies
 from tests.chaos.plan import Alone, Spec
 from tests.conversation import Conversation, evict_exact_kv
 from tests.prompts import CLIP, picture, words
-from tests.serving import POSITIONS, Server, data_url, report
+from tests.serving import POSITIONS, Server, report, user_message
 
 MIN_PROMPT = 48  # tokens; pictures of 64 are compacted too
 KINDS = {"image": 10, "images": 4, "video": 1, "text": 5, "turns": 4}  # how many of each, about
@@ -74,7 +74,7 @@ def converse(server: Server, rng: random.Random, name: str, drafts: bool) -> lis
         shown = (tuple(images), film) if turn == 0 else ()
         length = 16 if kind == "turns" else rng.choice([1, 2, 8, 24, 96, 200])
         said = said.ask(question, *shown)
-        messages = [*messages, {"role": "user", "content": content(question, *shown)}]
+        messages = [*messages, user_message(question, *shown)]
         spec = Spec(f"{name}-{kind}-{turn}", said.body(length, custom=custom | POSITIONS), messages)
         server.flush()
         spec.alone, asked = ask(server, spec), said
@@ -87,14 +87,6 @@ def converse(server: Server, rng: random.Random, name: str, drafts: bool) -> lis
             server.flush()
             specs[-1].alone = ask(server, specs[-1])
     return specs
-
-
-def content(question: str, images=(), film=None) -> list[dict]:
-    """A message of the OpenAI API."""
-    parts = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
-    if film:
-        parts.append({"type": "video_url", "video_url": {"url": str(film)}})
-    return [*parts, {"type": "text", "text": question}]
 
 
 def ask(server: Server, spec: Spec) -> Alone:

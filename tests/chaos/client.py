@@ -19,6 +19,7 @@ import aiohttp
 
 from tests.chaos.judge import judge
 from tests.chaos.plan import Plan, Raw, Spec
+from tests.serving import for_anthropic
 
 # How often each is drawn.
 ACTIONS = {
@@ -155,7 +156,7 @@ class Clients:
 
     async def by_messages(self, url: str, rid: str, spec: Spec, stream: bool) -> tuple[str, dict]:
         body = {
-            "model": "m", "messages": [anthropic(message) for message in spec.messages],
+            "model": "m", "messages": [for_anthropic(message) for message in spec.messages],
             "max_tokens": spec.max_new_tokens, "temperature": 0, "custom_params": spec.custom,
             "stream": stream,
         }  # fmt: skip
@@ -319,20 +320,6 @@ def finish(reason: dict | str | None) -> None:
     reason = reason["type"] if isinstance(reason, dict) else reason
     if reason not in ("length", "stop"):
         raise Unfinished(f"finish reason {reason}")
-
-
-def anthropic(message: dict) -> dict:
-    """A message of the OpenAI API as the Anthropic API writes it."""
-    if isinstance(message["content"], str):
-        return message
-    parts = []
-    for part in message["content"]:
-        if part["type"] == "image_url":
-            data = part["image_url"]["url"].partition(",")[2]
-            source = {"type": "base64", "media_type": "image/png", "data": data}
-            part = {"type": "image", "source": source}
-        parts.append(part)
-    return message | {"content": parts}
 
 
 async def swallow_lost(task: Coroutine[None, None, int]) -> int | None:
