@@ -15,7 +15,7 @@ from sglang_vlkv.monitor.feeds import LiveFeed
 from sglang_vlkv.monitor.state import State
 from tests.conversation import evict_exact_kv, talk
 from tests.prompts import draw_prompt, picture
-from tests.serving import Server
+from tests.serving import Server, report
 
 
 def events_of(server: Server) -> str:
@@ -123,6 +123,13 @@ class Watched(NamedTuple):
         return events_of(self.server)
 
 
+def waiting(server: Server) -> list[dict]:
+    """One prompt whose kept rows are more than what is computed of it, asked by many, with room for
+    the longest output of one of them. They end long before that, and long after all have come."""
+    body = draw_prompt(9, "image").body(2000, custom={"kv_budget": 0.9}, stop_regex=".{60}")
+    return server.many([body]) + server.many([body] * 4)
+
+
 def watch(find: Callable[[], Server], pool: int, recording: Path) -> Watched:
     """A conversation that goes on from its twins, many questions about one picture, more than the pool
     of ``pool`` slots holds, different pictures, text, and a flush."""
@@ -135,9 +142,13 @@ def watch(find: Callable[[], Server], pool: int, recording: Path) -> Watched:
         _, answers = talk(server, said, None, lambda: evict_exact_kv(server, pool))
         asked = draw_prompt(3, "image").images
         tight = {"max_new_tokens": 64, "ignore_eos": False, "custom": {"kv_budget": 0.3}}
-        for attempt in attempts("a request that waits for room"):  # a matter of timing
+        for attempt in attempts("two retractions"):
             questions = [Server.body(f"number {i} of {attempt}", asked, **tight) for i in range(25)]
             answers += server.many(questions[:1]) + server.many(questions[1:])
+            if sum(report(answer)["retractions"] for answer in answers) >= 2:
+                break
+        for _ in attempts("a request that waits for room"):
+            answers += waiting(server)
             listener.read_all()
             if listener.of_kind("deferred"):
                 break

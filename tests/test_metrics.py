@@ -19,6 +19,7 @@ from sglang_vlkv.metrics import PREFIX, RETENTION_BUCKETS
 from tests.conftest import FLEET
 from tests.conversation import Conversation, evict_exact_kv, twins
 from tests.documents import quoted, table
+from tests.listening import waiting
 from tests.prompts import CLIP, Prompt, draw_prompt, picture, words
 from tests.scrape import Scrape
 from tests.serving import ROOT, Server, report
@@ -107,13 +108,6 @@ def samples(server: Server) -> list[dict]:
 def crowd(server: Server) -> list[dict]:
     """More than the pool holds: some are retracted and go on from their twins."""
     return server.many([draw_prompt(700 + seed, "image").body(300, ignore_eos=False) for seed in range(13)])
-
-
-def waiting(server: Server) -> list[dict]:
-    """One prompt whose kept rows are more than what is computed of it, asked by many, with room for
-    the longest output of one of them. They end long before that, and long after all have come."""
-    body = draw_prompt(9, "image").body(2000, custom={"kv_budget": 0.9}, stop_regex=".{60}")
-    return server.many([body]) + server.many([body] * 4)
 
 
 @pytest.fixture(scope="module")
