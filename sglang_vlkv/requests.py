@@ -19,12 +19,12 @@ from sglang_vlkv.base import LayerScores, Policy, Prompt
 from sglang_vlkv.device_rows import DeviceRows
 from sglang_vlkv.twins import Hit, Twin
 
+logger = logging.getLogger(__name__)
+
 REASONS = (
     "no_visual", "short_prompt", "full_budget", "first_token", "not_in_prompt", "beam_search",
     "no_rope", "refused",
 )  # fmt: skip
-logger = logging.getLogger(__name__)
-
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
@@ -94,6 +94,10 @@ class Drafted(NamedTuple):
 
     tokens: tuple[int, ...] = ()
     queries: dict[int, torch.Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(query.nbytes for query in self.queries.values())
 
 
 @dataclass
@@ -249,10 +253,10 @@ class Requests:
             return
         queries = {layer: torch.cat(rows[: len(tokens)]) for layer, rows in state.drafted.items()}
         self._drafts[state.plan.writes_draft] = Drafted(tokens, queries)
-        size = sum(query.nbytes for left in self._drafts.values() for query in left.queries.values())
+        size = sum(left.num_bytes for left in self._drafts.values())
         while size > MAX_DRAFT_BYTES and len(self._drafts) > 1:
             _, oldest = self._drafts.popitem(last=False)
-            size -= sum(query.nbytes for query in oldest.queries.values())
+            size -= oldest.num_bytes
             logger.warning(
                 "A draft of %d tokens was dropped before its request came, to hold no more than %d MiB of "
                 "drafts; the request votes without it.", len(oldest.tokens), MAX_DRAFT_BYTES >> 20,

@@ -56,17 +56,17 @@ def test_a_program_runs(any_policy, program, monkeypatch, capsys):
         assert stored(any_policy, printed.strip())["reason"] == "no image or video"
 
 
-def rows(heading: str, column: str) -> set[str]:
+def rows(heading: str, column: str) -> list[str]:
     """What stands in code in the first cells of a table below a heading."""
-    return {name for cell, *_ in table(section(TEXT, heading), column) for name in quoted(cell)}
+    return [name for cell, *_ in table(section(TEXT, heading), column) for name in quoted(cell)]
 
 
 def test_the_tables_are_complete(any_policy):
-    assert rows("Fields", "`custom_params`") == {*REQUEST_KEYS, "kv_report"}
+    assert rows("Fields", "`custom_params`") == [*REQUEST_KEYS, "kv_report"]
     operators = {"allow_override", "min_budget", "max_budget"}
-    assert operators <= rows("What an operator allows", "option") & set(OPERATOR_OPTIONS)
+    assert operators <= set(rows("What an operator allows", "option")) & set(OPERATOR_OPTIONS)
     assert f"| `min_budget` | {Settings.min_budget} |" in TEXT
-    seen, listed = set(), rows("Reports", "field")
+    seen, listed = set(), set(rows("Reports", "field"))
     for custom in ({"kv_policy": "h2o", "kv_report": "positions"}, None):
         seen |= set(report(any_policy.post("/generate", generate(IMAGE, custom)).json()))
     assert seen - {"reason"} == listed - {"ranks"}  # of several ranks only
