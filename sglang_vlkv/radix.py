@@ -217,12 +217,12 @@ class TwinRadixCache(UnifiedRadixCache):
             )
         self.unpin(req)
         hit = self._agreed(hit)
-        n, slides = state.asked.end, twin.slides
+        n, slides, whole = state.asked.end, twin.slides, self._is_whole_prompt(req, hit)
         state.prefix_kind = "shared" if twin.holders else "twin"
         state.plan, state.pending, state.rows_lost = state.hit_plan, state.hit_plan.compacts, hit.rows_lost
         # Of a prompt that was computed again for its last token's logits, that token's row is there.
         state.first_own = hit.covered if hit.rows is not None else max(hit.covered, twin.end)
-        if slides is not None and self._is_whole_prompt(req, hit) and req.extend_end == hit.covered + 1:
+        if slides is not None and whole and req.extend_end == hit.covered + 1:
             state.cells, state.sliding, state.evicted = slides.cells, slides.rows, hit.covered
             state.kept, state.kept_slots = slides.kept, slides.kept_slots
             newest = slice(hit.covered - len(slides.slots), hit.covered)
@@ -233,7 +233,7 @@ class TwinRadixCache(UnifiedRadixCache):
             own = 0 if state.pending else max(0, n - state.first_own)
             state.kept_slots = -(-rows // self.pool.layer_num) + own
         self.ranks.note("hit", req.rid, hit.covered, hit.rows, twin.key[-1])
-        if self._is_whole_prompt(req, hit):
+        if whole:
             state.voted = twin.voted
         self.hold(req, state, twin, hit.rows)
         self.requests.sees(state)
@@ -379,21 +379,25 @@ class TwinRadixCache(UnifiedRadixCache):
             self._limit()
         if self.watchers and state.row is not None:
             self.watchers.tell(self._released(req, state))
-        aborted = isinstance(req.finished_reason, FINISH_ABORT)
-        if state.drafted and req.finished() and not (aborted or req.retraction_count):
+        if state.drafted and self._outcome(req) == "finished" and not req.retraction_count:
             self.requests.leave_draft(state, req.output_ids)
         self.requests.release_row(state)
         if req.finished():  # else it is prefilled again
             self.requests.drop_draft(state)
 
+    @staticmethod
+    def _outcome(req: Req) -> str:
+        """Why it gives its row back, in a word."""
+        if isinstance(req.finished_reason, FINISH_ABORT):
+            return "aborted"
+        return "finished" if req.finished() else "retracted"
+
     def _released(self, req: Req, state: RequestState) -> events.Released:
         alone = state.twin is None
         slots = req.kv.kv_allocated_len if alone else state.last_slots
-        outcome = "finished" if req.finished() else "retracted"
-        if isinstance(req.finished_reason, FINISH_ABORT):
-            outcome = "aborted"
-        finished = outcome == "finished"
-        reason = state.why_left_alone(req.retraction_count) if finished else state.asked.left_alone
+        outcome, reason = self._outcome(req), state.asked.left_alone
+        if outcome == "finished":
+            reason = state.why_left_alone(req.retraction_count)
         return events.Released(
             rid=req.rid,
             policy=NONE if alone else state.asked.policy.name,
