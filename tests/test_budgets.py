@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from sglang_vlkv import budgets
-from sglang_vlkv.base import num_tokens
 from sglang_vlkv.policies.vlcache import VLCache
+from sglang_vlkv.stages import budgets
+from sglang_vlkv.stages.base import num_tokens
 from tests.naive import cumulative_split, exact_split, least_rows
 
 

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from sglang_vlkv.config import DEFAULTS, add_flags, build_policy, build_settings, settings_of
+from sglang_vlkv.options.config import DEFAULTS, add_flags, build_policy, build_settings, settings_of
 from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.vlcache import VLCache
 

@@ -17,16 +17,16 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from sglang_vlkv import wiring
 from sglang_vlkv.attention import device
 from sglang_vlkv.attention.torch_native import RaggedTorchNativeBackend
 from sglang_vlkv.attention.triton import RaggedDecode, TritonDecode
-from sglang_vlkv.base import Modality, Prompt
+from sglang_vlkv.cache.pool import CellPool
+from sglang_vlkv.cache.requests import Plan
+from sglang_vlkv.cache.twins import Twin
 from sglang_vlkv.kernels.ragged_attention import indices
 from sglang_vlkv.policies import policies
-from sglang_vlkv.pool import CellPool
-from sglang_vlkv.requests import Plan
-from sglang_vlkv.twins import Twin
+from sglang_vlkv.scheduler import wiring
+from sglang_vlkv.stages.base import Modality, Prompt
 
 LAYERS, HEADS, GROUP, DIM, SLOTS, ROWS = 3, 2, 3, 20, 400, 8
 VLCACHE = policies()["vlcache"](min_rows=4)

@@ -4,12 +4,12 @@ devices, and no wait for the GPU before a layer's scores are there."""
 import pytest
 import torch
 
-from sglang_vlkv import merging
-from sglang_vlkv.base import Layer, Modality, Prompt, Rows
 from sglang_vlkv.kernels.compaction.cpu import gather_rows
 from sglang_vlkv.policies import policies, votes
-from sglang_vlkv.rope import Rope
-from sglang_vlkv.select import select
+from sglang_vlkv.stages import merging
+from sglang_vlkv.stages.base import Layer, Modality, Prompt, Rows
+from sglang_vlkv.stages.rope import Rope
+from sglang_vlkv.stages.select import select
 from tests.pretend import GPU, OnGpu, PretendGpu
 
 N, LAYERS, HEADS, DIM, VOTING = 300, 2, 2, 16, 30

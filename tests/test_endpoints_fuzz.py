@@ -15,9 +15,9 @@ from dataclasses import fields
 import orjson
 import requests
 
-from sglang_vlkv import config
-from sglang_vlkv.base import Policy
+from sglang_vlkv.options import config
 from sglang_vlkv.policies import policies
+from sglang_vlkv.stages.base import Policy
 from tests.equality import assert_same
 from tests.prompts import draw_prompt
 from tests.test_endpoints import WAYS

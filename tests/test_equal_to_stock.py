@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from sglang_vlkv.metrics import PREFIX
-from sglang_vlkv.routes import HEADER
+from sglang_vlkv.frontend.routes import HEADER
+from sglang_vlkv.observe.metrics import PREFIX
 from tests.conftest import POOL
 from tests.conversation import talk
 from tests.equality import assert_same

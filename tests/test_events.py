@@ -12,10 +12,10 @@ import orjson
 import pytest
 import zmq
 
-from sglang_vlkv import events, publisher
-from sglang_vlkv.config import DEFAULTS, REQUEST_KEYS
 from sglang_vlkv.monitor.state import State
-from sglang_vlkv.publisher import KINDS, Publisher, address, check_free, encode, is_public, of_replica
+from sglang_vlkv.observe import events, publisher
+from sglang_vlkv.observe.publisher import KINDS, Publisher, address, check_free, encode, is_public, of_replica
+from sglang_vlkv.options.config import DEFAULTS, REQUEST_KEYS
 from tests.documents import quoted, section, table
 from tests.listening import Listener, attempts, num_missed, of_kind
 from tests.prompts import draw_prompt

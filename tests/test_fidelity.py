@@ -14,9 +14,9 @@ import pytest
 from benchmarks.fidelity import leaderboard, metrics, questions, rows, run, statistics
 from benchmarks.fidelity.__main__ import parse
 from benchmarks.fidelity.metrics import Answer
-from sglang_vlkv.base import num_tokens
-from sglang_vlkv.config import build_settings
+from sglang_vlkv.options.config import build_settings
 from sglang_vlkv.policies import policies
+from sglang_vlkv.stages.base import num_tokens
 from sglang_vlkv.tinyvlm import train
 from tests.serving import ROOT
 

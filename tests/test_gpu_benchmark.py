@@ -17,7 +17,19 @@ import torch
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")  # Triton decides when a kernel is decorated
     from benchmarks.gpu import ceilings
-from benchmarks.gpu import correctness, decode, engines, goals, paper, record, replay, report, run, serving, wheelhouse
+from benchmarks.gpu import (
+    correctness,
+    decode,
+    engines,
+    goals,
+    paper,
+    record,
+    replay,
+    report,
+    run,
+    serving,
+    wheelhouse,
+)
 from benchmarks.gpu.pool import Pool, Residents, sets_for
 from benchmarks.gpu.record import Deadline, Part
 from benchmarks.gpu.shapes import MISTRAL, QWEN, TOY_QWEN, UNEVEN, Batch, batches, kept_rows

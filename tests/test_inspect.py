@@ -296,7 +296,7 @@ def item(modality: str, ids: tuple[int, ...], **data):
 
 
 def spans_of(ids: list[int], *items) -> list[dict]:
-    from sglang_vlkv.spans import visual_spans
+    from sglang_vlkv.scheduler.spans import visual_spans
 
     inputs = SimpleNamespace(mm_items=list(items), im_token_id=None, video_token_id=None)
     return visual_spans(SimpleNamespace(origin_input_ids=array("q", ids), multimodal_inputs=inputs))

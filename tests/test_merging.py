@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_vlkv import merging
-from sglang_vlkv.merging import bucket_means, merge
 from sglang_vlkv.policies.vlcache import VLCache
+from sglang_vlkv.stages import merging
+from sglang_vlkv.stages.merging import bucket_means, merge
 from tests import naive
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

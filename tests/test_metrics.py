@@ -15,7 +15,7 @@ import pytest
 import requests
 import yaml
 
-from sglang_vlkv.metrics import PREFIX, RETENTION_BUCKETS
+from sglang_vlkv.observe.metrics import PREFIX, RETENTION_BUCKETS
 from tests.conftest import FLEET
 from tests.conversation import Conversation, evict_exact_kv, twins
 from tests.documents import quoted, table

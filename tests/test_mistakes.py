@@ -11,15 +11,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_vlkv.base import LayerScores, Modality, Prompt
 from sglang_vlkv.kernels.compaction import gather_rows
 from sglang_vlkv.kernels.post_vision import post_vision_scores
-from sglang_vlkv.merging import merge
 from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.h2o import H2O
 from sglang_vlkv.policies.uniform import Uniform
 from sglang_vlkv.policies.vlcache import VLCache
-from sglang_vlkv.select import rank, select, tiers, top_positions
+from sglang_vlkv.stages.base import LayerScores, Modality, Prompt
+from sglang_vlkv.stages.merging import merge
+from sglang_vlkv.stages.select import rank, select, tiers, top_positions
 from tests.naive import Rotary
 from tests.test_policies import layer_of, make_case, observed, rope_of, scored, selected
 

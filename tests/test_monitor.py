@@ -23,7 +23,7 @@ from rich.console import Console
 from sglang_vlkv.monitor.feeds import LiveFeed, Replay
 from sglang_vlkv.monitor.state import State
 from sglang_vlkv.monitor.view import bars_of, line, pool_parts, resample, size_of, view
-from sglang_vlkv.publisher import Publisher
+from sglang_vlkv.observe.publisher import Publisher
 from tests.listening import of_kind
 from tests.prompts import draw_prompt
 from tests.serving import free_port, report

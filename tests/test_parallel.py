@@ -8,8 +8,8 @@ import re
 import pytest
 import requests
 
+from sglang_vlkv.cache.ranks import agree, carried
 from sglang_vlkv.policies import policies
-from sglang_vlkv.ranks import agree, carried
 from tests.conftest import POOL, TIGHT
 from tests.conversation import Conversation, evict_exact_kv, twins
 from tests.equality import alike, assert_same

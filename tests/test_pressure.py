@@ -203,7 +203,7 @@ def plugin(folder: Path, name: str, code: str) -> dict[str, str]:
 
 LEAK = """
 def register():
-    from sglang_vlkv.compaction import Compactor
+    from sglang_vlkv.scheduler.compaction import Compactor
     place = Compactor._place
     def leaky(self, item):
         self._tree.token_to_kv_pool_allocator.alloc(1)
@@ -229,7 +229,7 @@ PROBE = """
 import collections, json, torch
 SEEN = collections.Counter()
 def register():
-    from sglang_vlkv.compaction import Compactor
+    from sglang_vlkv.scheduler.compaction import Compactor
     gather, place, alloc = Compactor._gather, Compactor._place, None
     def probing(self, req, state, *others):
         row = self._req_to_token_pool.req_to_token[req.kv.req_pool_idx]

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_vlkv.base import LayerScores, Modality, Prompt, Selection
-from sglang_vlkv.compaction import Compactor, _counted
+from sglang_vlkv.cache.pool import CellPool
+from sglang_vlkv.cache.requests import Drafted, Plan, Requests
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
-from sglang_vlkv.merging import merge as merged
 from sglang_vlkv.policies.vlcache import VLCache
-from sglang_vlkv.pool import CellPool
-from sglang_vlkv.requests import Drafted, Plan, Requests
+from sglang_vlkv.scheduler.compaction import Compactor, _counted
+from sglang_vlkv.stages.base import LayerScores, Modality, Prompt, Selection
+from sglang_vlkv.stages.merging import merge as merged
 
 
 class Request:
@@ -83,7 +83,7 @@ def test_drafted_queries_are_there_until_the_weights_may_be_others():
 
 
 def test_the_oldest_drafts_make_room_and_the_newest_stays(monkeypatch, caplog):
-    monkeypatch.setattr("sglang_vlkv.requests.MAX_DRAFT_BYTES", 7 * 8 * 100 * 4)
+    monkeypatch.setattr("sglang_vlkv.cache.requests.MAX_DRAFT_BYTES", 7 * 8 * 100 * 4)
     requests, readers = Requests(), []
     for name, count in (("a", 3), ("b", 3), ("c", 4), ("d", 20)):
         draft = requests.add(Request(), Plan(PROMPT, VLCache(draft_tokens=count), writes_draft=name))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sglang_vlkv.rope import Rope
+from sglang_vlkv.stages.rope import Rope
 from tests.naive import Rotary
 from tests.test_policies import table
 

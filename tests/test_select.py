@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sglang_vlkv.base import LayerScores, Modality, Prompt
 from sglang_vlkv.policies.vlcache import VLCache
-from sglang_vlkv.select import select, tiers, top_positions
+from sglang_vlkv.stages.base import LayerScores, Modality, Prompt
+from sglang_vlkv.stages.select import select, tiers, top_positions
 
 T, I, V, A, S = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.AUDIO, Modality.SYSTEM
 N, HEADS, LAYERS = 63, 2, 3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_vlkv.platform import activate
+from sglang_vlkv.cpu import activate
 from tests.prompts import draw_prompt
 from tests.serving import CHECKPOINT, ROOT, SMALL_SERVER, Server, free_port, report
 
@@ -260,7 +260,7 @@ def test_unpatched_hooks_are_noticed(done):
 
 
 @pytest.mark.parametrize("accelerator, engine, wanted", [
-    (False, "0", "sglang_vlkv.cpu_platform.TorchCpuPlatform"),
+    (False, "0", "sglang_vlkv.cpu.platform.TorchCpuPlatform"),
     (True, "0", None),
     (False, "1", None),
 ])  # fmt: skip

@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 
-from sglang_vlkv.twins import BLOCK, MOST_ALIKE, Hit, Slides, Twin, Twins
+from sglang_vlkv.cache.twins import BLOCK, MOST_ALIKE, Hit, Slides, Twin, Twins
 
 LAYERS, HEADS = 3, 2
 SPACE = ("VLCache(budget=0.1)", None, None)
@@ -274,7 +274,7 @@ def test_the_same_rows_are_one_twin():
 
 
 def test_paths_are_compared_where_their_hashes_are_equal(monkeypatch):
-    monkeypatch.setattr("sglang_vlkv.twins._identity", lambda twin: 0)
+    monkeypatch.setattr("sglang_vlkv.cache.twins._identity", lambda twin: 0)
     twins = Twins()
     twin = added(twins, path(100))
     assert twins.same(make(path(100, seed=1))) is None and twins.same(make(path(100))) is twin

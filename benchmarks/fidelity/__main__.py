@@ -16,7 +16,7 @@ from benchmarks.fidelity import leaderboard, plots, run, statistics
 from benchmarks.fidelity.client import Client
 from benchmarks.fidelity.questions import REPORT_SEEDS, SIZED, TASKS, TUNING_SEEDS, own
 from benchmarks.fidelity.rows import FILLED, FROM_TWINS, FULL, REFERENCES, ROWS, custom_params
-from sglang_vlkv.config import build_settings
+from sglang_vlkv.options.config import build_settings
 
 QUICK = {
     "checkpoints": ["a"],

@@ -9,7 +9,7 @@ import requests
 
 from benchmarks.fidelity.metrics import TOP, Answer
 from benchmarks.fidelity.questions import Prompt
-from sglang_vlkv.config import PREFER
+from sglang_vlkv.options.config import PREFER
 
 NONE = {"kv_policy": "none"}
 

@@ -135,7 +135,7 @@ class DynamicCache:
 
         All requests of the batch get the same layer budgets, since they share one tensor.
         """
-        from sglang_vlkv.budgets import proportional
+        from sglang_vlkv.stages.budgets import proportional
 
         layers, length = len(self.kv), self.kv[0][0].shape[2]
         scores, density = [], []

@@ -16,7 +16,7 @@ from benchmarks.gpu.pool import Pool
 from benchmarks.gpu.record import Part, importable
 from benchmarks.gpu.shapes import ALPHA, Model, kept_rows, models
 from benchmarks.gpu.timing import Clock, Timing
-from sglang_vlkv.budgets import proportional
+from sglang_vlkv.stages.budgets import proportional
 
 ATTENTION, STEP = "fastest prefill attention, scaled", "prefill with it, scaled"
 GOAL_LENGTH = 32768

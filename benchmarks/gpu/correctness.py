@@ -247,7 +247,7 @@ def scoring_batch(part: Part, clock: Clock, model: Model, lengths: tuple[int, ..
 
 
 def selecting(part: Part, clock: Clock, model: Model, num_keys: int) -> None:
-    from sglang_vlkv.select import top_positions
+    from sglang_vlkv.stages.select import top_positions
 
     shape = model.layers, model.kv_heads, num_keys
     scores = torch.randint(0, num_keys // 3, shape, device=clock.device).float()  # many ties

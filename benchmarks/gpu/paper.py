@@ -170,7 +170,7 @@ class Engine:
 
     def compress(self) -> None:
         """Scores all requests of a layer in one call, then selects and moves request by request."""
-        from sglang_vlkv.budgets import proportional
+        from sglang_vlkv.stages.budgets import proportional
 
         layers, n, device = self.model.layers, self.length, self.clock.device
         score = kernel("post_vision", "post_vision_scores_ragged")

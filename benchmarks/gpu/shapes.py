@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from sglang_vlkv.budgets import proportional
+from sglang_vlkv.stages.budgets import proportional
 
 ALPHA = 0.1
 UNEVEN = 0.8  # every layer of an uneven split keeps 0.8 of what the one before it keeps

@@ -11,20 +11,20 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_vlkv.attention.rotary import find_rope
 from sglang_vlkv.attention.scoring import chunk_of, extends_of, heads, score
-from sglang_vlkv.base import Modality
-from sglang_vlkv.device_rows import DeviceRows
+from sglang_vlkv.cache.device_rows import DeviceRows
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.kernels.post_vision import post_vision_scores
 from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices, ragged_extend
 from sglang_vlkv.kernels.selection import select_rows
+from sglang_vlkv.stages.base import Modality
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_vlkv.attention.scoring import Extend
-    from sglang_vlkv.pool import CellPool
-    from sglang_vlkv.requests import RequestState
+    from sglang_vlkv.cache.pool import CellPool
+    from sglang_vlkv.cache.requests import RequestState
 
 SHARED = 8  # a decode step's index lists may be this often longer than the pool: rows are shared,
 MAX_SHARE = 1 / 64  # where they then take no more than this of its memory

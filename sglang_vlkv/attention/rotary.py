@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from torch import nn
 
-from sglang_vlkv.rope import Rope
+from sglang_vlkv.stages.rope import Rope
 
 
 def find_rope(model: nn.Module) -> Rope | None:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Iterator, NamedTuple
 
 import torch
 
-from sglang_vlkv.base import Layer, Rows
-from sglang_vlkv.requests import RequestState
+from sglang_vlkv.cache.requests import RequestState
+from sglang_vlkv.stages.base import Layer, Rows
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from sglang_vlkv.pool import CellPool
-    from sglang_vlkv.rope import Rope
+    from sglang_vlkv.cache.pool import CellPool
+    from sglang_vlkv.stages.rope import Rope
 
 
 class Extend(NamedTuple):

@@ -11,9 +11,9 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_vlkv.attention.rotary import find_rope
 from sglang_vlkv.attention.scoring import Chunk, Extend, chunk_of, extends_of, heads, score
-from sglang_vlkv.base import Modality
+from sglang_vlkv.cache.requests import RequestState
 from sglang_vlkv.kernels.ragged_attention import causal_extend, ragged_decode
-from sglang_vlkv.requests import RequestState
+from sglang_vlkv.stages.base import Modality
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from sglang_vlkv.config import read_options
 from sglang_vlkv.inspect import Problem, media, page, png
 from sglang_vlkv.inspect.ask import ask
 from sglang_vlkv.inspect.heat import Choice, Kept
 from sglang_vlkv.inspect.subject import Subject
+from sglang_vlkv.options.config import read_options
 
 LEFT_ALONE, FAILED = 1, 2  # exit codes
 

@@ -20,7 +20,7 @@ from rich.live import Live
 from sglang_vlkv.monitor.feeds import LiveFeed, Replay
 from sglang_vlkv.monitor.state import State
 from sglang_vlkv.monitor.view import line, view
-from sglang_vlkv.publisher import address
+from sglang_vlkv.observe.publisher import address
 
 FRAME_SECONDS = 0.25
 ONCE_SECONDS = 10.0  # that --once waits without --seconds

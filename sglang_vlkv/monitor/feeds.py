@@ -9,7 +9,7 @@ from typing import BinaryIO, Iterator
 import orjson
 import zmq
 
-from sglang_vlkv.publisher import of_replica
+from sglang_vlkv.observe.publisher import of_replica
 
 Received = tuple[float, dict]  # unix seconds, message
 
@@ -18,7 +18,7 @@ class LiveFeed:
     """A server's messages; of all its data-parallel replicas, once one has said how many there are.
 
     Args:
-        address: as :func:`sglang_vlkv.publisher.address` returns it. Nobody need be there yet.
+        address: as :func:`sglang_vlkv.observe.publisher.address` returns it. Nobody need be there yet.
         record: every message is written there, a line each.
     """
 

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Callable
 
-from sglang_vlkv.publisher import SCHEMA
+from sglang_vlkv.observe.publisher import SCHEMA
 
 BINS = 20  # of the histogram of kept shares, from 0 to 1
 REMEMBERED = 200  # requests

@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sglang_vlkv.events import PREFIX_KINDS
 from sglang_vlkv.monitor.state import Request, State, means
-from sglang_vlkv.publisher import SCHEMA
+from sglang_vlkv.observe.events import PREFIX_KINDS
+from sglang_vlkv.observe.publisher import SCHEMA
 
 SILENT_SECONDS = 5.0  # a server says something every two
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -7,10 +7,10 @@ from typing import Mapping
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, require, text_stays
-from sglang_vlkv.budgets import proportional
 from sglang_vlkv.policies.prefixkv import importance_profile
 from sglang_vlkv.policies.votes import scored
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy, require, text_stays
+from sglang_vlkv.stages.budgets import proportional
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_vlkv.base import Layer, LayerScores, choice
 from sglang_vlkv.policies.h2o import ColumnSums
+from sglang_vlkv.stages.base import Layer, LayerScores, choice
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, require
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy, require
 
 
 class QueryMoments(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Iterator, Mapping, Sequence
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, require, text_stays
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy, Prompt, require, text_stays
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, choice
 from sglang_vlkv.policies.votes import scored
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy, choice
 
 
 @dataclass(frozen=True)

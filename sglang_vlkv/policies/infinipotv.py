@@ -8,8 +8,8 @@ from typing import Mapping
 import torch
 from torch.nn.functional import normalize
 
-from sglang_vlkv.base import Layer, LayerScores, Modality, Policy, require, text_stays
 from sglang_vlkv.policies.snapkv import check_kernel_size, smoothed
+from sglang_vlkv.stages.base import Layer, LayerScores, Modality, Policy, require, text_stays
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_vlkv.base import require
-from sglang_vlkv.budgets import proportional
 from sglang_vlkv.policies.snapkv import SnapKV
+from sglang_vlkv.stages.base import require
+from sglang_vlkv.stages.budgets import proportional
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import avg_pool1d
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, Prompt, require
 from sglang_vlkv.policies.votes import votes
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy, Prompt, require
 
 
 def check_kernel_size(kernel_size: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy
 
 
 @dataclass(frozen=True)

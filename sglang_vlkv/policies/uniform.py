@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_vlkv.base import Layer, LayerScores, Policy
 from sglang_vlkv.policies.votes import votes
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy
 
 
 @dataclass(frozen=True)

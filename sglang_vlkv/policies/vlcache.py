@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_vlkv import budgets
-from sglang_vlkv.base import Layer, LayerScores, Policy, require
 from sglang_vlkv.policies.votes import votes
+from sglang_vlkv.stages import budgets
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy, require
 
 
 @dataclass(frozen=True)

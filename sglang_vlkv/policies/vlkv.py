@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores, Policy, choice, require
 from sglang_vlkv.policies.votes import votes
+from sglang_vlkv.stages.base import Layer, LayerScores, Policy, choice, require
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_vlkv.base import Layer, LayerScores
 from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.stages.base import Layer, LayerScores
 
 
 def scored(

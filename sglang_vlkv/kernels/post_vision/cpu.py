@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sglang_vlkv.base import LayerScores
+from sglang_vlkv.stages.base import LayerScores
 
 TILE_ELEMENTS = 1 << 22  # float32 attention entries alive at once: 16 MiB
 

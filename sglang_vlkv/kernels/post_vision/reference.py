@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_vlkv.base import LayerScores
+from sglang_vlkv.stages.base import LayerScores
 
 
 def post_vision_scores(

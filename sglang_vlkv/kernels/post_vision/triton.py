@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_vlkv.base import LayerScores
+from sglang_vlkv.stages.base import LayerScores
 
 PROGRAMS = 512  # of the first pass, where there are keys enough for as many: a few per SM
 MAX_SPLITS = 64

@@ -110,7 +110,7 @@ class Released(NamedTuple):
     Attributes:
         rid: the request's id.
         policy: that it ran under; ``none`` where its prompt was left alone, or not compacted yet.
-        reason: why it was left alone, as a code of :class:`~sglang_vlkv.requests.Reason`; else empty.
+        reason: why it was left alone, as a code of :class:`~sglang_vlkv.cache.requests.Reason`; else empty.
         outcome: ``finished``, ``aborted`` or ``retracted``.
         prefix: ``cold``, ``exact``, ``twin`` or ``shared``.
         prefix_tokens: prompt tokens that its last prefill found computed.

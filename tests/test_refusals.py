@@ -18,12 +18,12 @@ from torch import nn
 from transformers import Qwen2Config
 
 from flashinfer_ext.decode import check_heads
-from sglang_vlkv import report
 from sglang_vlkv.attention import COUNTERPARTS, takes
 from sglang_vlkv.attention.layers import unserved
-from sglang_vlkv.config import add_flags
-from sglang_vlkv.radix import BACKEND
-from sglang_vlkv.validation import refuse
+from sglang_vlkv.cache.radix import BACKEND
+from sglang_vlkv.options.config import add_flags
+from sglang_vlkv.options.refusals import refuse
+from sglang_vlkv.scheduler import report
 from tests.serving import ROOT
 
 

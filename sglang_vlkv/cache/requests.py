@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from sglang_vlkv.base import LayerScores, Policy, Prompt
-from sglang_vlkv.device_rows import DeviceRows
-from sglang_vlkv.twins import Hit, Twin
+from sglang_vlkv.cache.device_rows import DeviceRows
+from sglang_vlkv.cache.twins import Hit, Twin
+from sglang_vlkv.stages.base import LayerScores, Policy, Prompt
 
 logger = logging.getLogger(__name__)
 

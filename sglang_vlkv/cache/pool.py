@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from sglang_vlkv.base import Modality
-from sglang_vlkv.requests import Requests
+from sglang_vlkv.cache.requests import Requests
+from sglang_vlkv.stages.base import Modality
 
 
 class CellPool(MHATokenToKVPool):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
-from sglang_vlkv.base import Policy
 from sglang_vlkv.kernels.compaction import cpu, gather_rows
+from sglang_vlkv.stages.base import Policy
 
 TILE_ELEMENTS = 1 << 22  # float32 similarities alive at once: 16 MiB
 

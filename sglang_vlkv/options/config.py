@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
-from sglang_vlkv.base import Policy, is_number, require
 from sglang_vlkv.policies import policies
+from sglang_vlkv.stages.base import Policy, is_number, require
 
 NONE = "none"
 TWINS = OFF, RESUME, FALLBACK, PREFER = "off", "resume", "fallback", "prefer"

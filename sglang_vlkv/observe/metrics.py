@@ -7,10 +7,10 @@ from typing import Callable
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
-from sglang_vlkv import events
-from sglang_vlkv.base import Modality
-from sglang_vlkv.config import NONE
-from sglang_vlkv.requests import REASONS
+from sglang_vlkv.cache.requests import REASONS
+from sglang_vlkv.observe import events
+from sglang_vlkv.options.config import NONE
+from sglang_vlkv.stages.base import Modality
 
 PREFIX = "sglang_vlkv_"  # SGLang's own begin with "sglang:"
 LABELS = ("policy", "prefix", "reason", "modality")  # ours, beside SGLang's

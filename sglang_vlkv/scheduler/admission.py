@@ -5,8 +5,8 @@ from __future__ import annotations
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
-from sglang_vlkv import events
-from sglang_vlkv.radix import TwinRadixCache
+from sglang_vlkv.cache.radix import TwinRadixCache
+from sglang_vlkv.observe import events
 
 
 class ReservingPrefillAdder(PrefillAdder):

@@ -22,20 +22,20 @@ from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_vlkv import events
-from sglang_vlkv.base import Modality
-from sglang_vlkv.config import FALLBACK, NONE, OFF, PREFER, RESUME, Settings
-from sglang_vlkv.planning import Planner
-from sglang_vlkv.pool import CellPool
-from sglang_vlkv.ranks import Ranks
-from sglang_vlkv.requests import Plan, Reason, Requests, RequestState
-from sglang_vlkv.twins import Hit, Slides, Twin, Twins
+from sglang_vlkv.cache.pool import CellPool
+from sglang_vlkv.cache.ranks import Ranks
+from sglang_vlkv.cache.requests import Plan, Reason, Requests, RequestState
+from sglang_vlkv.cache.twins import Hit, Slides, Twin, Twins
+from sglang_vlkv.observe import events
+from sglang_vlkv.options.config import FALLBACK, NONE, OFF, PREFER, RESUME, Settings
+from sglang_vlkv.scheduler.planning import Planner
+from sglang_vlkv.stages.base import Modality
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-    from sglang_vlkv.compaction import Compactor
-    from sglang_vlkv.publisher import Publisher
+    from sglang_vlkv.observe.publisher import Publisher
+    from sglang_vlkv.scheduler.compaction import Compactor
 
 BACKEND = "vlkv"
 NAMESPACE = uuid.uuid4().hex  # extra_key of the twins' keys, which clients must not guess

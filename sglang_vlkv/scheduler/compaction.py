@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
-from sglang_vlkv import events
-from sglang_vlkv.base import LayerScores, Modality, Policy, Selection
+from sglang_vlkv.cache.radix import TwinRadixCache
+from sglang_vlkv.cache.requests import RequestState
+from sglang_vlkv.cache.twins import Twin
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
-from sglang_vlkv.merging import merge
-from sglang_vlkv.radix import TwinRadixCache
-from sglang_vlkv.requests import RequestState
-from sglang_vlkv.select import select
-from sglang_vlkv.twins import Twin
+from sglang_vlkv.observe import events
+from sglang_vlkv.stages.base import LayerScores, Modality, Policy, Selection
+from sglang_vlkv.stages.merging import merge
+from sglang_vlkv.stages.select import select
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_vlkv.base import LayerScores, Policy, Prompt, Selection, num_tokens
 from sglang_vlkv.kernels.selection import rank, select_rows, top_positions
+from sglang_vlkv.stages.base import LayerScores, Policy, Prompt, Selection, num_tokens
 
 RECENT, FLOOR, QUOTA, REST = range(4)  # tiers: lower ones win whatever their score
 

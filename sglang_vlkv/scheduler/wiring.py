@@ -8,9 +8,10 @@ import time
 
 import torch
 
-from sglang_vlkv import config, publisher
 from sglang_vlkv.attention import COUNTERPARTS
-from sglang_vlkv.publisher import Publisher
+from sglang_vlkv.observe import publisher
+from sglang_vlkv.observe.publisher import Publisher
+from sglang_vlkv.options import config
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def pool_class(result, _platform, *, kind: str):
             f"--kv-policy needs its own KV pool and this platform brings {result.__name__}; "
             "use --kv-policy none on it."
         )
-    from sglang_vlkv.pool import CellPool
+    from sglang_vlkv.cache.pool import CellPool
 
     return CellPool
 
@@ -44,7 +45,7 @@ def register_backends() -> None:
     )
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
-    from sglang_vlkv import radix
+    from sglang_vlkv.cache import radix
 
     register_radix_cache_backend(radix.BACKEND, radix.create)
 
@@ -74,12 +75,12 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         return
     from sglang_vlkv import plugin
     from sglang_vlkv.attention.layers import unserved
-    from sglang_vlkv.compaction import Compactor
-    from sglang_vlkv.planning import Planner
-    from sglang_vlkv.pool import CellPool
-    from sglang_vlkv.radix import TwinRadixCache
-    from sglang_vlkv.ranks import Ranks
-    from sglang_vlkv.report import ReportingOutputStreamer
+    from sglang_vlkv.cache.pool import CellPool
+    from sglang_vlkv.cache.radix import TwinRadixCache
+    from sglang_vlkv.cache.ranks import Ranks
+    from sglang_vlkv.scheduler.compaction import Compactor
+    from sglang_vlkv.scheduler.planning import Planner
+    from sglang_vlkv.scheduler.report import ReportingOutputStreamer
 
     tree = scheduler.tree_cache
     found = {
@@ -172,7 +173,7 @@ def _publisher(scheduler, settings: config.Settings) -> Publisher | None:
 
 
 def _metrics(scheduler, settings: config.Settings):
-    from sglang_vlkv.metrics import Metrics
+    from sglang_vlkv.observe.metrics import Metrics
 
     pool, twins = scheduler.tree_cache.pool, scheduler.tree_cache.twins
     slot_bytes = pool.slot_bytes
@@ -228,7 +229,7 @@ def adder_class(result, scheduler):
     """After ``Scheduler.get_prefill_adder_class``."""
     if getattr(scheduler.tree_cache, "compactor", None) is None:
         return result
-    from sglang_vlkv.admission import ReservingPrefillAdder
+    from sglang_vlkv.scheduler.admission import ReservingPrefillAdder
 
     return ReservingPrefillAdder
 
@@ -237,6 +238,6 @@ def streamer_class(result, _scheduler):
     """After ``Scheduler.get_output_streamer_class``."""
     if _settings() is None:
         return result
-    from sglang_vlkv.report import ReportingOutputStreamer
+    from sglang_vlkv.scheduler.report import ReportingOutputStreamer
 
     return ReportingOutputStreamer

@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from sglang_vlkv import config, drafting, routes
-from sglang_vlkv.base import shortened
-from sglang_vlkv.report import KEY, OPTION, POSITIONS
+from sglang_vlkv.frontend import drafting, routes
+from sglang_vlkv.options import config
+from sglang_vlkv.scheduler.report import KEY, OPTION, POSITIONS
+from sglang_vlkv.stages.base import shortened
 
 FIELD = "custom_params"
 _KEYS = (*config.REQUEST_KEYS, OPTION)

@@ -12,9 +12,9 @@ import copy
 import uuid
 from dataclasses import dataclass
 
-from sglang_vlkv import config
-from sglang_vlkv.planning import READS, WRITES
-from sglang_vlkv.report import KEY
+from sglang_vlkv.options import config
+from sglang_vlkv.scheduler.planning import READS, WRITES
+from sglang_vlkv.scheduler.report import KEY
 
 ATTEMPTS = 3  # of a draft that keeps being retracted
 ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}

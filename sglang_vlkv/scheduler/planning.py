@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from sglang.srt.managers.schedule_batch import Req
 
-from sglang_vlkv.base import VISUAL, Modality, Policy, Prompt
-from sglang_vlkv.config import Settings
-from sglang_vlkv.requests import Plan, Reason
-from sglang_vlkv.spans import MODALITIES, holds, items_of, prompt_ids
+from sglang_vlkv.cache.requests import Plan, Reason
+from sglang_vlkv.options.config import Settings
+from sglang_vlkv.scheduler.spans import MODALITIES, holds, items_of, prompt_ids
+from sglang_vlkv.stages.base import VISUAL, Modality, Policy, Prompt
 
 # custom_params that only we set: the id that a draft leaves queries under, and a request finds them under.
 WRITES, READS = "_vlkv_writes_draft", "_vlkv_reads_draft"

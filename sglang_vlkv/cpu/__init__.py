@@ -20,4 +20,4 @@ def activate() -> str | None:
     # Covers CUDA, ROCm, XPU, MPS, NPU and any other backend that torch itself knows.
     if torch.accelerator.is_available():
         return None
-    return "sglang_vlkv.cpu_platform.TorchCpuPlatform"
+    return "sglang_vlkv.cpu.platform.TorchCpuPlatform"

@@ -1,4 +1,4 @@
-"""The platform class that :func:`sglang_vlkv.platform.activate` names."""
+"""The platform class that :func:`sglang_vlkv.cpu.activate` names."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from sglang_vlkv.config import NONE
-from sglang_vlkv.radix import TwinRadixCache
-from sglang_vlkv.requests import RequestState
-from sglang_vlkv.spans import visual_spans
+from sglang_vlkv.cache.radix import TwinRadixCache
+from sglang_vlkv.cache.requests import RequestState
+from sglang_vlkv.options.config import NONE
+from sglang_vlkv.scheduler.spans import visual_spans
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

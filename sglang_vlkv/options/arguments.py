@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from sglang_vlkv import config, publisher
 from sglang_vlkv.attention import COUNTERPARTS, takes
+from sglang_vlkv.observe import publisher
+from sglang_vlkv.options import config
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ def _validate(server_args, previous) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-    from sglang_vlkv.radix import BACKEND
-    from sglang_vlkv.validation import refuse
+    from sglang_vlkv.cache.radix import BACKEND
+    from sglang_vlkv.options.refusals import refuse
 
     previous(server_args)
     endpoint = getattr(server_args, "kv_events_endpoint", None)

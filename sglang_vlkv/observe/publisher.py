@@ -13,7 +13,7 @@ from typing import Callable
 import orjson
 import zmq
 
-from sglang_vlkv import events
+from sglang_vlkv.observe import events
 
 FLAG = "--kv-events-endpoint"
 SCHEMA = 1  # raised when a field goes or means something else; new ones may come under the same number

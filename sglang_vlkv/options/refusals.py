@@ -10,8 +10,8 @@ from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.utils.common import get_bool_env_var
 
 from sglang_vlkv.attention import COUNTERPARTS, HEAD_DIMS, takes
-from sglang_vlkv.metrics import LABELS
-from sglang_vlkv.radix import BACKEND
+from sglang_vlkv.cache.radix import BACKEND
+from sglang_vlkv.observe.metrics import LABELS
 
 
 class Refusal(NamedTuple):

@@ -1,0 +1,1 @@
+"""The memory: slots and cells, who owns which rows, and what outlives its request."""

@@ -1,0 +1,1 @@
+"""What is told about kept rows: events, metrics, a live publisher."""

@@ -1,0 +1,1 @@
+"""What a server is asked: flags, options, what is refused."""

@@ -1,0 +1,1 @@
+"""SGLang's scheduler process: a request's plan, its room, its compaction, its report."""
