@@ -26,7 +26,8 @@ from benchmarks import common, narrow
 from benchmarks.common import Row, Streamed
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.options.config import build_policy
-from sglang_vlkv.stages.base import Layer, Modality, Prompt, Rows
+from sglang_vlkv.stages.layer import Layer, Rows
+from sglang_vlkv.stages.prompt import Modality, Prompt
 from sglang_vlkv.stages.select import select
 from sglang_vlkv.tinyvlm.build import build
 from tests.serving import Server

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
-from sglang_vlkv.stages.base import Modality
+from sglang_vlkv.stages.prompt import Modality
 
 VISUAL = (Modality.IMAGE, Modality.VIDEO)
 

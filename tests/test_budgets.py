@@ -7,7 +7,7 @@ import torch
 
 from sglang_vlkv.policies.vlcache import VLCache
 from sglang_vlkv.stages import budgets
-from sglang_vlkv.stages.base import num_tokens
+from sglang_vlkv.stages.prompt import num_tokens
 from tests.naive import cumulative_split, exact_split, least_rows
 
 

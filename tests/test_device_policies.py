@@ -7,7 +7,8 @@ import torch
 from sglang_vlkv.kernels.compaction.cpu import gather_rows
 from sglang_vlkv.policies import policies, votes
 from sglang_vlkv.stages import merging
-from sglang_vlkv.stages.base import Layer, Modality, Prompt, Rows
+from sglang_vlkv.stages.layer import Layer, Rows
+from sglang_vlkv.stages.prompt import Modality, Prompt
 from sglang_vlkv.stages.rope import Rope
 from sglang_vlkv.stages.select import select
 from tests.pretend import GPU, OnGpu, PretendGpu

@@ -17,7 +17,7 @@ import requests
 
 from sglang_vlkv.options import config
 from sglang_vlkv.policies import policies
-from sglang_vlkv.stages.base import Policy
+from sglang_vlkv.stages.policy import Policy
 from tests.equality import assert_same
 from tests.prompts import draw_prompt
 from tests.test_endpoints import WAYS

@@ -16,7 +16,7 @@ from benchmarks.fidelity.__main__ import parse
 from benchmarks.fidelity.metrics import Answer
 from sglang_vlkv.options.config import build_settings
 from sglang_vlkv.policies import policies
-from sglang_vlkv.stages.base import num_tokens
+from sglang_vlkv.stages.prompt import num_tokens
 from sglang_vlkv.tinyvlm import train
 from tests.serving import ROOT
 

@@ -1,4 +1,4 @@
-"""What a layer imports: torch, and nothing above itself (DESIGN, the parts of the house)."""
+"""Which room may import which: only what stands below it, and no two each other (DESIGN, the parts of the house)."""
 
 import ast
 import subprocess
@@ -10,51 +10,94 @@ import pytest
 import sglang_vlkv
 
 ROOT = Path(sglang_vlkv.__file__).parent
-BELOW = {
-    "budgets": set(),
-    "rope": set(),
-    "base": {"budgets", "rope"},
-    "kernels": {"base", "kernels"},
-    "select": {"base", "kernels"},
-    "merging": {"base", "kernels"},
-    "policies": {"base", "budgets", "kernels", "policies"},
-    "ranks": set(),
-    "twins": set(),
-    "device_rows": {"kernels"},
-    "events": set(),
-    "publisher": {"events"},
-    "monitor": {"events", "monitor", "publisher"},
-    "requests": {"base", "twins", "device_rows"},
-    "config": {"base", "policies"},
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# The lowest first. A room is a folder, or a module beside the folders.
+ROOMS = {
+    "kernels": {"torch", "triton"},
+    "stages": {"torch"},
+    "policies": {"torch"},
+    "base": set(),
+    "observe": {"sglang", "zmq", "orjson", "prometheus_client"},
+    "options": {"torch", "sglang"},
+    "cache": {"torch", "sglang"},
+    "attention": {"torch", "sglang", "flashinfer_ext"},
+    "scheduler": {"torch", "sglang"},
+    "frontend": {"sglang", "fastapi"},
+    "compatibility": {"sglang"},
+    "plugin": {"sglang"},
+    "cpu": {"torch", "sglang"},
+    "language": {"sglang"},
+    "monitor": {"zmq", "orjson", "rich"},
+    "inspect": {"torch", "torchcodec", "PIL", "requests", "numpy"},
+    "tinyvlm": {"torch", "PIL", "requests", "numpy", "transformers", "tokenizers", "safetensors"},
 }
-LIBRARIES = {"publisher": {"zmq", "orjson"}, "monitor": {"zmq", "orjson", "rich"}}
+# What keeps out of SGLang in rooms that do not.
+WITHOUT_SGLANG = {"observe/events.py", "observe/publisher.py", "options/config.py", "options/backends.py",
+                  "cache/requests.py", "cache/twins.py", "cache/device_rows.py", "cache/ranks.py"}  # fmt: skip
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imported(file: Path) -> set[str]:
-    """Names of what ``file`` imports, anywhere in it: ``sglang_vlkv.<part>`` or a package."""
+    """Names of what ``file`` imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names}
-    parts = [name.split(".") for name in names]
-    return {".".join(p[:2]) if p[0] == "sglang_vlkv" else p[0] for p in parts}
+            assert not node.level, f"{file}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-@pytest.mark.parametrize("part", BELOW)
-def test_a_part_imports_torch_and_the_parts_below_it(part):
-    files = [*ROOT.glob(f"{part}.py"), *ROOT.glob(f"{part}/**/*.py")]
+def rooms_of(file: Path) -> set[str]:
+    """Other rooms that ``file`` imports from."""
+    parts = (name.split(".") for name in imported(file))
+    found = {part[1] for part in parts if part[0] == "sglang_vlkv" and len(part) > 1}
+    return found - {room_of(file), "__version__", "SUPPORTED_SGLANG"}
+
+
+def test_every_module_is_in_a_room():
+    assert {room_of(file) for file in MODULES} == {"__init__", *ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_the_rooms_below_it_and_its_libraries(room):
+    below = list(ROOMS)[: list(ROOMS).index(room)]
+    files = [file for file in MODULES if room_of(file) == room]
     assert files
-    ours = {f"sglang_vlkv.{below}" for below in BELOW[part]}
-    libraries = LIBRARIES.get(part, {"torch", "triton"})
     for file in files:
-        assert imported(file) <= libraries | sys.stdlib_module_names | ours, file
+        assert rooms_of(file) <= set(below), file
+        libraries = {name.split(".")[0] for name in imported(file)} - {"sglang_vlkv"} - sys.stdlib_module_names
+        assert libraries <= ROOMS[room], file
+
+
+@pytest.mark.parametrize("module", WITHOUT_SGLANG)
+def test_what_needs_no_engine_imports_none(module):
+    assert not any(name.split(".")[0] == "sglang" for name in imported(ROOT / module))
+
+
+def test_files_and_functions_are_short():
+    """Kernels excepted, whose length is their arguments'."""
+    long = []
+    for file in MODULES:
+        lines = file.read_text().splitlines()
+        if len(lines) > 400:
+            long.append((file.name, len(lines)))
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                size = node.end_lineno - node.lineno + 1
+                if size > 60 and room_of(file) != "kernels":
+                    long.append((f"{file.name}:{node.name}", size))
+    assert not long
 
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".policies", ".requests", ".events", ".inspect.__main__", ".monitor.__main__"],
+    ["", ".base", ".policies", ".cache.requests", ".observe.events", ".inspect.__main__", ".monitor.__main__"],
 )
 def test_importing_changes_nothing_and_leaves_sglang_out(module):
     code = f"import sys, sglang_vlkv{module}; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'sglang'))"

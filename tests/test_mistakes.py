@@ -17,8 +17,9 @@ from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.h2o import H2O
 from sglang_vlkv.policies.uniform import Uniform
 from sglang_vlkv.policies.vlcache import VLCache
-from sglang_vlkv.stages.base import LayerScores, Modality, Prompt
+from sglang_vlkv.stages.layer import LayerScores
 from sglang_vlkv.stages.merging import merge
+from sglang_vlkv.stages.prompt import Modality, Prompt
 from sglang_vlkv.stages.select import rank, select, tiers, top_positions
 from tests.naive import Rotary
 from tests.test_policies import layer_of, make_case, observed, rope_of, scored, selected

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_vlkv.kernels.post_vision.cpu import TILE_ELEMENTS
 from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.vlcache import VLCache
-from sglang_vlkv.stages.base import Layer, LayerScores, Modality, Policy, Prompt, Rows, Selection, num_tokens
+from sglang_vlkv.stages.layer import Layer, LayerScores, Rows, Selection
+from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import Modality, Prompt, num_tokens
 from sglang_vlkv.stages.rope import Rope
 from sglang_vlkv.stages.select import select, tiers
 from tests import naive
@@ -605,7 +607,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy, require
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import require
+from sglang_vlkv.stages.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -632,7 +636,7 @@ PACKAGES = {
     "real_annotations": ("keynorm = real_annotations:KeyNorm", GOOD.replace("from __future__", "# ")),
     "function": ("fast = function:fast", "def fast(layer): ..."),
     "misnamed": ("fast = misnamed:KeyNorm", GOOD),
-    "unnamed": ("fast = unnamed:Fast", "from sglang_vlkv.stages.base import Policy\nclass Fast(Policy): ..."),
+    "unnamed": ("fast = unnamed:Fast", "from sglang_vlkv.base import Policy\nclass Fast(Policy): ..."),
     "taken": ("snapkv = taken:KeyNorm", GOOD.replace('"keynorm"', '"snapkv"')),
     "absent": ("fast = nowhere_at_all:Fast", ""),
 }

@@ -18,12 +18,12 @@ from torch import nn
 from transformers import Qwen2Config
 
 from flashinfer_ext.decode import check_heads
-from sglang_vlkv.attention import COUNTERPARTS, takes
 from sglang_vlkv.attention.layers import unserved
-from sglang_vlkv.cache.radix import BACKEND
+from sglang_vlkv.frontend import reports
+from sglang_vlkv.frontend.reports import ReportStore
+from sglang_vlkv.options.backends import ATTENTION, RADIX_CACHE, takes
 from sglang_vlkv.options.config import add_flags
 from sglang_vlkv.options.refusals import refuse
-from sglang_vlkv.scheduler import report
 from tests.serving import ROOT
 
 
@@ -174,7 +174,7 @@ def test_sglangs_defaults_are_served():
         dict(tp_size=2),
         dict(dp_size=2),
         dict(chunked_prefill_size=128, enable_mixed_chunk=True),
-        dict(radix_cache_backend=BACKEND),
+        dict(radix_cache_backend=RADIX_CACHE),
         dict(kv_cache_dtype="bfloat16"),
         dict(tokenizer_worker_num=1),
     ],
@@ -184,12 +184,12 @@ def test_what_can_be_served_is(settings):
     refuse(Arguments(**SERVABLE | settings), model())
 
 
-@pytest.mark.parametrize("device, backend", [(d, name) for d, names in COUNTERPARTS.items() for name in names])
+@pytest.mark.parametrize("device, backend", [(d, name) for d, names in ATTENTION.items() for name in names])
 def test_every_counterpart_is_served(device, backend):
     refuse(Arguments(**SERVABLE | dict(device=device, attention_backend=backend)), model())
 
 
-@pytest.mark.parametrize("ours", COUNTERPARTS["cuda"].values())
+@pytest.mark.parametrize("ours", ATTENTION["cuda"].values())
 def test_what_gpu_backends_override_is_there(ours):
     """Some of SGLang's import only beside a GPU's driver, so both sides are read, not imported."""
     source = ast.parse((ROOT / f"{ours.rpartition('.')[0].replace('.', '/')}.py").read_text())
@@ -283,12 +283,12 @@ def test_messages_without_pickle_are_refused(monkeypatch, known_flags):
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(reports, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
 def test_reports_are_kept_for_their_age(clock):
-    store = report.ReportStore(max_age=10)
+    store = ReportStore(max_age=10)
     store.put("a", {"policy": "vlcache"})
     clock.now += 9
     store.put("b", {"policy": "none"})
@@ -300,14 +300,14 @@ def test_reports_are_kept_for_their_age(clock):
 
 
 def test_the_oldest_reports_go_first_where_there_are_too_many(clock):
-    store = report.ReportStore(max_age=10, max_reports=3)
+    store = ReportStore(max_age=10, max_reports=3)
     for name in "abcd":
         store.put(name, {"name": name})
     assert [store.get(name) is not None for name in "abcd"] == [False, True, True, True]
 
 
 def test_a_thousand_positions_count_as_one_more_report(clock):
-    store = report.ReportStore(max_age=10, max_reports=5)
+    store = ReportStore(max_age=10, max_reports=5)
     store.put("small", {})
     store.put("large", {"positions": [[list(range(1000))] * 2] * 2})
     assert store.get("small") is None and store.get("large") is not None
@@ -316,7 +316,7 @@ def test_a_thousand_positions_count_as_one_more_report(clock):
 
 
 def test_the_choices_of_a_request_lie_together(clock):
-    store = report.ReportStore(max_age=10, max_reports=3)
+    store = ReportStore(max_age=10, max_reports=3)
     store.put("third", {"choice": 2}, ("request", "mine"), 2)
     clock.now += 9
     assert store.get("request") is store.get("first") is store.choices("first") is None
@@ -332,7 +332,7 @@ def test_the_choices_of_a_request_lie_together(clock):
 
 
 def test_an_id_leads_to_the_newest_request_that_took_it(clock):
-    store = report.ReportStore(max_age=10)
+    store = ReportStore(max_age=10)
     store.put("a", {"request": 1}, ("one", "mine"))
     store.put("b", {"request": 2}, ("two", "mine"))
     assert store.get("mine") == {"request": 2} and store.get("a") == {"request": 1}
@@ -345,14 +345,14 @@ def test_an_id_leads_to_the_newest_request_that_took_it(clock):
 
 
 def test_long_ids_count(clock):
-    store = report.ReportStore(max_age=10, max_reports=5)
+    store = ReportStore(max_age=10, max_reports=5)
     store.put("small", {})
     store.put("x" * 40_000, {})
     assert store.get("small") is None
 
 
 def test_a_report_that_is_put_again_is_the_newest(clock):
-    store = report.ReportStore(max_age=10, max_reports=2)
+    store = ReportStore(max_age=10, max_reports=2)
     store.put("a", {"try": 1})
     clock.now += 6
     store.put("b", {})
@@ -367,7 +367,7 @@ def test_expired_reports_are_not_only_hidden(clock):
     class Report(dict):
         """Unlike a dict, weakly referable."""
 
-    store, old = report.ReportStore(max_age=10), Report()
+    store, old = ReportStore(max_age=10), Report()
     store.put("old", old)
     kept = weakref.ref(old)
     del old

@@ -11,8 +11,9 @@ from sglang_vlkv.cache.requests import Drafted, Plan, Requests
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.policies.vlcache import VLCache
 from sglang_vlkv.scheduler.compaction import Compactor, _counted
-from sglang_vlkv.stages.base import LayerScores, Modality, Prompt, Selection
+from sglang_vlkv.stages.layer import LayerScores, Selection
 from sglang_vlkv.stages.merging import merge as merged
+from sglang_vlkv.stages.prompt import Modality, Prompt
 
 
 class Request:
@@ -196,7 +197,6 @@ def test_sglang_finds_its_buffers_and_their_size(pool):
         assert pool.get_value_buffer(layer).data_ptr() == pool.v_buffer[layer].data_ptr()
     assert sum(pool.get_kv_size_bytes()) == pool.storage.nbytes == pool.slot_bytes * (SIZE + 1)
     assert pool.slot_bytes == 2 * LAYERS * HEADS * DIM * pool.dtype.itemsize
-    assert pool.tags.shape == (SIZE + 1,)
 
 
 def random_splits():

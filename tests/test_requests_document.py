@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
+from sglang_vlkv.frontend.reports import ReportStore
 from sglang_vlkv.options.config import OPERATOR_OPTIONS, REQUEST_KEYS, Settings
 from sglang_vlkv.policies import policies
-from sglang_vlkv.scheduler.report import ReportStore
 from tests.documents import quoted, section, table
 from tests.serving import ROOT
 from tests.test_endpoints import ENDPOINTS, HEADER, IMAGE, generate, report, stored

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sglang_vlkv.policies.vlcache import VLCache
-from sglang_vlkv.stages.base import LayerScores, Modality, Prompt
+from sglang_vlkv.stages.layer import LayerScores
+from sglang_vlkv.stages.prompt import Modality, Prompt
 from sglang_vlkv.stages.select import select, tiers, top_positions
 
 T, I, V, A, S = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.AUDIO, Modality.SYSTEM

@@ -16,7 +16,6 @@ from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.kernels.post_vision import post_vision_scores
 from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices, ragged_extend
 from sglang_vlkv.kernels.selection import select_rows
-from sglang_vlkv.stages.base import Modality
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -155,7 +154,6 @@ class RaggedDeviceBackend:
         pool, rows = self.token_to_kv_pool, self._rows
         self._lists = self._build(indices, batch)
         self._kernel.plan(self._lists[0])
-        pool.tags.index_fill_(0, batch.out_cache_loc, int(Modality.TEXT))
         self._drafting = []
         if rows.drafts:  # then the step is an eager one
             states = map(pool.requests.at_row, batch.req_pool_indices.tolist())

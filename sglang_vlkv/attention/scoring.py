@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Iterator, NamedTuple
 import torch
 
 from sglang_vlkv.cache.requests import RequestState
-from sglang_vlkv.stages.base import Layer, Rows
+from sglang_vlkv.stages.layer import Layer, Rows
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

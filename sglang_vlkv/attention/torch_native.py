@@ -13,7 +13,6 @@ from sglang_vlkv.attention.rotary import find_rope
 from sglang_vlkv.attention.scoring import Chunk, Extend, chunk_of, extends_of, heads, score
 from sglang_vlkv.cache.requests import RequestState
 from sglang_vlkv.kernels.ragged_attention import causal_extend, ragged_decode
-from sglang_vlkv.stages.base import Modality
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -88,7 +87,6 @@ class RaggedTorchNativeBackend(TorchNativeAttnBackend):
             rows, lengths = forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist()
             for offset, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 self._work.decodes.append(self._decode(row, length, offset))
-            self.token_to_kv_pool.tags[forward_batch.out_cache_loc] = Modality.TEXT
         elif forward_batch.forward_mode.is_extend():
             for extend in extends_of(forward_batch):
                 self._add(extend)

@@ -1,4 +1,4 @@
-"""SGLang's token-to-KV pool as one storage of cells, with a modality tag per slot."""
+"""SGLang's token-to-KV pool as one storage of cells."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from sglang_vlkv.cache.requests import Requests
-from sglang_vlkv.stages.base import Modality
 
 
 class CellPool(MHATokenToKVPool):
@@ -19,8 +18,6 @@ class CellPool(MHATokenToKVPool):
     the layer its rows come from.
 
     Attributes:
-        tags: :class:`Modality` of every slot, ``[rows]`` uint8. Written when prefill or decode
-            writes the slot; meaningless for free slots.
         requests: the owners of rows.
     """
 
@@ -51,7 +48,6 @@ class CellPool(MHATokenToKVPool):
             )
         self.k_cells, self.v_cells = flat[: flat.shape[0] - rows], flat[rows:]
         self.cells_per_layer = 2 * rows
-        self.tags = torch.full((rows,), Modality.TEXT, dtype=torch.uint8, device=self.device)
         self.requests = Requests()
 
     @property

@@ -10,21 +10,20 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from sglang_vlkv.cache.device_rows import DeviceRows
 from sglang_vlkv.cache.twins import Hit, Twin
-from sglang_vlkv.stages.base import LayerScores, Policy, Prompt
+from sglang_vlkv.observe.events import REASONS
+from sglang_vlkv.stages.layer import LayerScores
+from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import Prompt
 
 logger = logging.getLogger(__name__)
 
-REASONS = (
-    "no_visual", "short_prompt", "full_budget", "first_token", "not_in_prompt", "beam_search",
-    "no_rope", "refused",
-)  # fmt: skip
 MAX_DRAFT_BYTES = 256 * 2**20  # of drafts whose requests have not come, or never will
 
 
@@ -87,6 +86,16 @@ class Plan:
         if self.left_alone:
             return 0
         return self.prompt.num_tokens if self.policy.observes else self.num_voting
+
+
+class Planner(Protocol):
+    """What decides, before a prefill, what will happen to a prompt."""
+
+    def plan(self, req) -> Plan:
+        """For the whole prompt of a request of SGLang's."""
+
+    def for_turn(self, plan: Plan, start: int) -> Plan:
+        """For what follows ``start`` of a prompt whose beginning a twin stands for."""
 
 
 class Drafted(NamedTuple):

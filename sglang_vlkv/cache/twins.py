@@ -8,6 +8,7 @@ before it. Everything here is host state; nothing imports SGLang.
 
 from __future__ import annotations
 
+import uuid
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Iterator, NamedTuple
 
 import torch
 
+NAMESPACE = uuid.uuid4().hex  # extra_key of the twins' keys, which clients must not guess
 FIRST_NAME = 1 << 48  # above the ids of text; those of pictures are hashes of 63 bits
 BLOCK = 32  # tokens from one index entry to the next
 MOST_ALIKE = 16  # twins looked at that begin alike; the newest ones

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from sglang_vlkv.frontend import drafting, routes
 from sglang_vlkv.options import config
 from sglang_vlkv.scheduler.report import KEY, OPTION, POSITIONS
-from sglang_vlkv.stages.base import shortened
+from sglang_vlkv.stages.options import shortened
 
 FIELD = "custom_params"
 _KEYS = (*config.REQUEST_KEYS, OPTION)

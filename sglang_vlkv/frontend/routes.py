@@ -8,8 +8,9 @@ from contextlib import aclosing
 
 from fastapi import HTTPException
 
+from sglang_vlkv.frontend.reports import ReportStore
 from sglang_vlkv.options import config
-from sglang_vlkv.scheduler.report import KEY, ReportStore
+from sglang_vlkv.scheduler.report import KEY
 
 HEADER = "X-KV-Policy-Request"
 _NAME = "kv_policy_request"  # in an HTTP request's state

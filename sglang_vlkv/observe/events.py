@@ -10,6 +10,11 @@ import time
 from typing import Callable, NamedTuple
 
 PREFIX_KINDS = ("cold", "exact", "twin", "shared")  # where a request's prefix came from
+# Why a prompt was left alone.
+REASONS = (
+    "no_visual", "short_prompt", "full_budget", "first_token", "not_in_prompt", "beam_search",
+    "no_rope", "refused",
+)  # fmt: skip
 
 
 class Compacted(NamedTuple):

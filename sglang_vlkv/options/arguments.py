@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from sglang_vlkv.attention import COUNTERPARTS, takes
 from sglang_vlkv.observe import publisher
 from sglang_vlkv.options import config
+from sglang_vlkv.options.backends import ATTENTION, RADIX_CACHE, takes
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _choose_attention_backend(server_args, previous) -> None:
     elif not chosen and cfg.device == "cuda":
         uses_mla, model = use_mla_backend(server_args), model_config_of(server_args)
         default = get_default_attn_backend(server_args, uses_mla, model)
-        if default not in COUNTERPARTS["cuda"] or not takes(default, model.head_dim):
+        if default not in ATTENTION["cuda"] or not takes(default, model.head_dim):
             declare_resolution(server_args, "sglang_vlkv", attention_backend="triton")
     previous(server_args)
 
@@ -71,7 +71,6 @@ def _validate(server_args, previous) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
-    from sglang_vlkv.cache.radix import BACKEND
     from sglang_vlkv.options.refusals import refuse
 
     previous(server_args)
@@ -87,7 +86,7 @@ def _validate(server_args, previous) -> None:
     refuse(cfg, model_config_of(server_args))
     if address is not None:
         _check_address(address, cfg)
-    declare_resolution(server_args, "sglang_vlkv", radix_cache_backend=BACKEND)
+    declare_resolution(server_args, "sglang_vlkv", radix_cache_backend=RADIX_CACHE)
     graphs = cfg.cuda_graph_config
     if graphs is not None and graphs.prefill.backend != Backend.DISABLED:
         logger.info("Prefill CUDA graphs are off: policies look at every prefill. Decode keeps its own.")

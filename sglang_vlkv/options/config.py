@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 
 from sglang_vlkv.policies import policies
-from sglang_vlkv.stages.base import Policy, is_number, require
+from sglang_vlkv.policies.none import NONE
+from sglang_vlkv.stages.options import is_number, require
+from sglang_vlkv.stages.policy import Policy
 
-NONE = "none"
 TWINS = OFF, RESUME, FALLBACK, PREFER = "off", "resume", "fallback", "prefer"
 POLICY_DEFAULTS = {"kv_policy": NONE, "kv_budget": None, "kv_policy_config": None}
 REQUEST_KEYS = tuple(POLICY_DEFAULTS)  # what custom_params may hold, beside kv_report

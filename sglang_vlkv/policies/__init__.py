@@ -22,7 +22,7 @@ from sglang_vlkv.policies.streamingllm import StreamingLLM
 from sglang_vlkv.policies.uniform import Uniform
 from sglang_vlkv.policies.vlcache import VLCache
 from sglang_vlkv.policies.vlkv import VLKV
-from sglang_vlkv.stages.base import Policy
+from sglang_vlkv.stages.policy import Policy
 
 BUILT_IN = (
     KeepAll, VLCache, VLKV, Elastic, Uniform, SnapKV, PyramidKV, H2O, StreamingLLM, LookM, PrefixKV,
@@ -43,7 +43,7 @@ def policies() -> dict[str, type[Policy]]:
         where = f"entry point {entry.name} = {entry.value} of group {GROUP}"
         policy = entry.load()
         if not (isinstance(policy, type) and issubclass(policy, Policy)):
-            raise ValueError(f"{where} is no subclass of sglang_vlkv.stages.base.Policy")
+            raise ValueError(f"{where} is no subclass of sglang_vlkv.base.Policy")
         if getattr(policy, "name", None) != entry.name:
             raise ValueError(f"{where} names a policy whose name is {getattr(policy, 'name', None)!r}")
         if entry.name in found:

@@ -9,8 +9,10 @@ import torch
 
 from sglang_vlkv.policies.prefixkv import importance_profile
 from sglang_vlkv.policies.votes import scored
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy, require, text_stays
 from sglang_vlkv.stages.budgets import proportional
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import require, text_stays
+from sglang_vlkv.stages.policy import Policy
 
 
 @dataclass(frozen=True)

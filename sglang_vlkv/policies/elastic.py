@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_vlkv.policies.h2o import ColumnSums
-from sglang_vlkv.stages.base import Layer, LayerScores, choice
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import choice
 
 
 @dataclass(frozen=True)

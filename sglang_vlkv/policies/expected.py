@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy, require
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import require
+from sglang_vlkv.stages.policy import Policy
 
 
 class QueryMoments(NamedTuple):

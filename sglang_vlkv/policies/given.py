@@ -7,7 +7,10 @@ from typing import Iterator, Mapping, Sequence
 
 import torch
 
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy, Prompt, require, text_stays
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import require, text_stays
+from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import Prompt
 
 
 @dataclass(frozen=True)

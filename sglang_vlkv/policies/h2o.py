@@ -8,7 +8,9 @@ import torch
 from torch.nn.functional import pad
 
 from sglang_vlkv.policies.votes import scored
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy, choice
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import choice
+from sglang_vlkv.stages.policy import Policy
 
 
 @dataclass(frozen=True)

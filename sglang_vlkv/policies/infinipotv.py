@@ -9,7 +9,10 @@ import torch
 from torch.nn.functional import normalize
 
 from sglang_vlkv.policies.snapkv import check_kernel_size, smoothed
-from sglang_vlkv.stages.base import Layer, LayerScores, Modality, Policy, require, text_stays
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import require, text_stays
+from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import Modality
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Mapping
 
 from sglang_vlkv.policies.h2o import ColumnSums
-from sglang_vlkv.stages.base import choice, text_stays
+from sglang_vlkv.stages.options import choice, text_stays
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sglang_vlkv.policies.snapkv import SnapKV
-from sglang_vlkv.stages.base import Layer, LayerScores
+from sglang_vlkv.stages.layer import Layer, LayerScores
 
 
 def spread(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:

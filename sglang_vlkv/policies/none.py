@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.policy import Policy
+
+NONE = "none"
 
 
 @dataclass(frozen=True)
 class KeepAll(Policy):
     """Keeps every row: what a request asks for to be left alone where the server has a policy."""
 
-    name = "none"
+    name = NONE
     votes = False
 
     budget: float = 1.0

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from sglang_vlkv.policies.votes import votes
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy
 from sglang_vlkv.stages.budgets import cumulative
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.policy import Policy
 
 FIXED_POINT = 2.0**24  # importance is added over ranks as integers
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from sglang_vlkv.policies.snapkv import SnapKV
-from sglang_vlkv.stages.base import require
 from sglang_vlkv.stages.budgets import proportional
+from sglang_vlkv.stages.options import require
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.policy import Policy
 
 
 @dataclass(frozen=True)

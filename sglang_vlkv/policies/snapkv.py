@@ -8,7 +8,10 @@ import torch
 from torch.nn.functional import avg_pool1d
 
 from sglang_vlkv.policies.votes import votes
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy, Prompt, require
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import require
+from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import Prompt
 
 
 def check_kernel_size(kernel_size: int) -> None:

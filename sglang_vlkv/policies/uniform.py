@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_vlkv.policies.votes import votes
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from sglang_vlkv.policies.votes import votes
-from sglang_vlkv.stages.base import Layer, LayerScores, Policy, choice, require
+from sglang_vlkv.stages.layer import Layer, LayerScores
+from sglang_vlkv.stages.options import choice, require
+from sglang_vlkv.stages.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_vlkv.kernels.post_vision import post_vision_scores
-from sglang_vlkv.stages.base import Layer, LayerScores
+from sglang_vlkv.stages.layer import Layer, LayerScores
 
 
 def scored(
@@ -13,7 +13,7 @@ def scored(
 ) -> LayerScores:
     """:func:`post_vision_scores` of the queries ``q`` over the layer's keys, wherever they lie."""
     keys = layer.scored_keys
-    return post_vision_scores(q, keys.buffer, layer.scale, p, reduce, rows, keys.slots)
+    return LayerScores(*post_vision_scores(q, keys.buffer, layer.scale, p, reduce, rows, keys.slots))
 
 
 def votes(layer: Layer, p: float = 0.01, reduce: str = "sum") -> LayerScores:

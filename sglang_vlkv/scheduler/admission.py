@@ -43,12 +43,12 @@ class ReservingPrefillAdder(PrefillAdder):
             self._charge(self._pending)
 
     def add_one_req(self, req: Req, *args, **kwargs):
-        if req in self.tree_cache.compactor.resting:
+        if req in self.tree_cache.resting:
             return AddReqResult.OTHER
         result = super().add_one_req(req, *args, **kwargs)
         while result is AddReqResult.NO_TOKEN and not (self.running_batch.reqs or self.can_run_list):
             # Nobody runs who could free what waiting requests have pinned.
-            if not self.tree_cache.unpin_for(req):
+            if not self.tree_cache.pins.drop_for(req):
                 break
             result = super().add_one_req(req, *args, **kwargs)
         if result is AddReqResult.NO_TOKEN and self.tree_cache.watchers:

@@ -14,8 +14,9 @@ from sglang_vlkv.cache.requests import RequestState
 from sglang_vlkv.cache.twins import Twin
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.observe import events
-from sglang_vlkv.stages.base import LayerScores, Modality, Policy, Selection
+from sglang_vlkv.stages.layer import LayerScores, Selection
 from sglang_vlkv.stages.merging import merge
+from sglang_vlkv.stages.policy import Policy
 from sglang_vlkv.stages.select import select
 
 if TYPE_CHECKING:
@@ -60,14 +61,9 @@ class Compactor:
         tree: the scheduler's radix cache.
         await_forward: what is issued from here on runs after all forwards issued so far, which may
             still write what is read here, or read what is given back. The host does not wait.
-
-    Attributes:
-        resting: requests that the last run retracted. Their prefill's result is still to come, so
-            they must not be admitted before the next run.
     """
 
     def __init__(self, tree: TwinRadixCache, await_forward: Callable[[], None] = lambda: None) -> None:
-        self.resting: list[Req] = []
         self._tree = tree
         self._pool = tree.pool
         self._req_to_token_pool = tree.req_to_token_pool
@@ -76,9 +72,9 @@ class Compactor:
     def run(self, scheduler: Scheduler, batch: ScheduleBatch) -> None:
         """Compacts what is pending in ``batch``; a request for whose rows there is no room is
         retracted, never decoded from its exact prompt."""
-        self.resting = []
+        self._tree.resting = []
         self._tree.decoding = batch.reqs
-        self._tree.unpin_all_but(scheduler.waiting_queue)
+        self._tree.pins.keep_only(scheduler.waiting_queue)
         self._slide(batch)
         if any(state.pending for state in self._pool.requests.holders()):
             self._compact(scheduler, batch)
@@ -247,12 +243,10 @@ class Compactor:
             rows = torch.cat([layer[:, fixed:] for layer, fixed in layers], dim=1)
             scatter_rows(pool.k_cells, pool.v_cells, at, rows)
         pool.storage[:, :, tail] = item.tail.transpose(0, 1)
-        pool.tags[packed] = pool.tags[newest] = Modality.MERGED
-        pool.tags[tail] = Modality.TEXT
         if same is None:
             self._fill(twin, packed, item)
             if not tree.disable and num_packed:  # else every row slides
-                tree.keep(twin, req)
+                tree.live.keep(twin, req)
                 lock = tree.lock(twin.node)
         elif same.holders:
             state.prefix_kind = "shared"
@@ -276,7 +270,7 @@ class Compactor:
         state.sliding, state.evicted = sliding if slides else [], n - max(sliding)
         state.scores, state.pending = {}, False
         tree.ranks.note("kept", req.rid, num_kept, sliding, num_packed, twin.key[-1:].tolist())
-        tree.hold(req, state, twin)
+        tree.live.hold(req, state, twin)
         pool.requests.sees(state)
         tree.twins.exact_is_there(twin)
         tree.unlock(req.lock)
@@ -292,9 +286,9 @@ class Compactor:
     def _new_twin(self, item: Gathered, num_fixed: list[int], slides: bool) -> Twin:
         """The piece that the rows that never slide will be, without its slots."""
         req, state = item.req, item.state
-        lasting = self._tree.outlives(req, state) and not slides
+        lasting = self._tree.live.outlives(req, state) and not slides
         return Twin(
-            self._tree.space_of(req, state),
+            self._tree.live.space_of(req, state),
             state.plan.start,
             req.origin_input_ids[state.plan.start : state.plan.end],
             state.plan.end,
@@ -356,7 +350,7 @@ class Compactor:
             "again once others have finished.",
             len(reqs),
         )
-        self.resting = reqs
+        self._tree.resting = reqs
         for req in reqs:
             index = batch.reqs.index(req)
             batch.release_req(index, len(batch.reqs) - 1)

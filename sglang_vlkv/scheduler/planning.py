@@ -10,7 +10,8 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang_vlkv.cache.requests import Plan, Reason
 from sglang_vlkv.options.config import Settings
 from sglang_vlkv.scheduler.spans import MODALITIES, holds, items_of, prompt_ids
-from sglang_vlkv.stages.base import VISUAL, Modality, Policy, Prompt
+from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import VISUAL, Modality, Prompt
 
 # custom_params that only we set: the id that a draft leaves queries under, and a request finds them under.
 WRITES, READS = "_vlkv_writes_draft", "_vlkv_reads_draft"

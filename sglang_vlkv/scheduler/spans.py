@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.multimodal.modality import Modality as SglangModality
 
-from sglang_vlkv.stages.base import VISUAL, Modality
+from sglang_vlkv.stages.prompt import VISUAL, Modality
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import MultimodalDataItem, Req

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sglang_vlkv.kernels.compaction import cpu, gather_rows
-from sglang_vlkv.stages.base import Policy
+from sglang_vlkv.stages.policy import Policy
 
 TILE_ELEMENTS = 1 << 22  # float32 similarities alive at once: 16 MiB
 

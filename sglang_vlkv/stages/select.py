@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from sglang_vlkv.kernels.selection import rank, select_rows, top_positions
-from sglang_vlkv.stages.base import LayerScores, Policy, Prompt, Selection, num_tokens
+from sglang_vlkv.stages.layer import LayerScores, Selection
+from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import Prompt, num_tokens
 
 RECENT, FLOOR, QUOTA, REST = range(4)  # tiers: lower ones win whatever their score
 

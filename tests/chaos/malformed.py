@@ -16,7 +16,7 @@ from typing import Iterator
 from PIL import Image
 
 from sglang_vlkv.policies import policies
-from sglang_vlkv.stages.base import Policy
+from sglang_vlkv.stages.policy import Policy
 from tests.chaos.plan import Malformed, Raw
 from tests.prompts import CLIP, draw_prompt
 from tests.serving import Server, data_url, user_turn

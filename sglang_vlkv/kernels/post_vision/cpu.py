@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sglang_vlkv.stages.base import LayerScores
+from sglang_vlkv.kernels.post_vision.scores import PostVisionScores
 
 TILE_ELEMENTS = 1 << 22  # float32 attention entries alive at once: 16 MiB
 
@@ -20,7 +20,7 @@ def post_vision_scores(
     rows: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     tile: int = TILE_ELEMENTS,
-) -> LayerScores:
+) -> PostVisionScores:
     """Column sums (or maxima) of the voting rows' causal attention, and its thresholded zeros.
 
     ``A = softmax(q k^T * scale)`` in float32 over the whole prompt; the scores are A summed over
@@ -73,7 +73,7 @@ def post_vision_scores(
             else:
                 scores[heads] = torch.maximum(scores[heads], attention.amax(1))
     entries = num_q_heads * int((rows + 1).sum())
-    return LayerScores(scores, int(zeros), entries)
+    return PostVisionScores(scores, int(zeros), entries)
 
 
 def post_vision_scores_ragged(

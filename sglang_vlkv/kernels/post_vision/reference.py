@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_vlkv.stages.base import LayerScores
+from sglang_vlkv.kernels.post_vision.scores import PostVisionScores
 
 
 def post_vision_scores(
@@ -15,7 +15,7 @@ def post_vision_scores(
     reduce: str = "sum",
     rows: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
-) -> LayerScores:
+) -> PostVisionScores:
     """See the CPU version."""
     if slots is not None:
         k = k[slots.long()]
@@ -33,7 +33,7 @@ def post_vision_scores(
             column.copy_(column + attention if reduce == "sum" else torch.maximum(column, attention))
             zeros += int((attention < p * attention.max()).sum())
             entries += visible
-    return LayerScores(scores, zeros, entries)
+    return PostVisionScores(scores, zeros, entries)
 
 
 def post_vision_scores_ragged(

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_vlkv.stages.base import LayerScores
+from sglang_vlkv.kernels.post_vision.scores import PostVisionScores
 
 PROGRAMS = 512  # of the first pass, where there are keys enough for as many: a few per SM
 MAX_SPLITS = 64
@@ -199,7 +199,7 @@ def post_vision_scores(
     reduce: str = "sum",
     rows: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
-) -> LayerScores:
+) -> PostVisionScores:
     """See the CPU version; the keys are read where they lie.
 
     Returns:
@@ -222,7 +222,7 @@ def post_vision_scores(
     scores, zeros = post_vision_scores_ragged(
         q, k, q_indptr, kv_indptr, slots, positions, scale, p, reduce, num_rows, num_keys
     )
-    return LayerScores(scores, zeros[0], entries)
+    return PostVisionScores(scores, zeros[0], entries)
 
 
 def post_vision_scores_ragged(

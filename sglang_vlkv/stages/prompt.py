@@ -1,0 +1,102 @@
+"""What a policy is told of a prompt. Below the configuration everything counts tokens, never ratios."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Callable
+
+import torch
+
+
+class Modality(IntEnum):
+    """What a prompt position holds."""
+
+    TEXT = 0
+    IMAGE = 1
+    VIDEO = 2
+    AUDIO = 3
+    SYSTEM = 4  # chat-template and delimiter tokens: the tokenizer's special tokens
+
+
+VISUAL = (Modality.IMAGE, Modality.VIDEO)
+
+
+def num_tokens(ratio: float, *counts: int) -> int:
+    """Tokens in ``ratio`` of the product of ``counts``: rounded half to even."""
+    return round(math.prod(counts, start=ratio))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with its placeholders expanded; outputs are never part of it.
+
+    Attributes:
+        tags: :class:`Modality` of every position, ``[n]`` uint8 on the CPU.
+        last_turn: first position of the newest turn.
+        positions: rotary positions ``[axes, n]`` int64: three axes (time, height, width) under
+            M-RoPE, else one; None where they are 0 .. n-1.
+    """
+
+    tags: torch.Tensor
+    last_turn: int = 0
+    positions: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tags.numel()
+
+    def since(self, start: int) -> Prompt:
+        """The part from position ``start`` on, as a prompt of its own."""
+        positions = torch.arange(self.num_tokens)[None] if self.positions is None else self.positions
+        return Prompt(self.tags[start:], max(0, self.last_turn - start), positions[:, start:])
+
+    @cached_property
+    def visual(self) -> torch.Tensor:
+        """Which positions hold a visual token, ``[n]`` bool."""
+        return torch.isin(self.tags, torch.tensor(VISUAL, dtype=self.tags.dtype))
+
+    def visual_positions(self, device: torch.device) -> torch.Tensor:
+        """Where the visual tokens are, ``[m]`` int64 on ``device``."""
+        return self._on("visual", lambda: self.visual.nonzero().flatten(), device)
+
+    def rotary_positions(self, device: torch.device) -> torch.Tensor:
+        """:attr:`positions` on ``device``, also where they are 0 .. n-1."""
+        return self._on(
+            "rotary",
+            lambda: torch.arange(self.num_tokens)[None] if self.positions is None else self.positions,
+            device,
+        )
+
+    @cached_property
+    def _copies(self) -> dict[tuple[str, torch.device], torch.Tensor]:
+        return {}
+
+    def _on(self, name: str, make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Copied once for all layers, and without waiting for what the device is at."""
+        if (name, device) not in self._copies:
+            made = make().pin_memory() if device.type == "cuda" else make()
+            self._copies[name, device] = made.to(device, non_blocking=True)
+        return self._copies[name, device]
+
+    def per_modality(self, kept: list[torch.Tensor]) -> dict[str, int]:
+        """Rows by what they hold, over all layers and KV heads.
+
+        Args:
+            kept: per layer, positions ``[Hkv, rows]``.
+        """
+        kept = self.tags[torch.cat([layer.flatten() for layer in kept])]
+        counts, there = (torch.bincount(tags, minlength=len(Modality)) for tags in (kept, self.tags))
+        return {m.name.lower(): int(counts[m]) for m in Modality if there[m]}
+
+    @property
+    def num_visual(self) -> int:
+        return int(self.visual.sum())
+
+    @cached_property
+    def vision_end(self) -> int:
+        """Position after the last visual token; 0 without one."""
+        visual = self.visual.nonzero()
+        return int(visual[-1]) + 1 if len(visual) else 0
