@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable, Literal
 
 Encode = Callable[[str], list[str]]
@@ -75,13 +75,13 @@ class Question:
     Attributes:
         text: what is asked, with how long the answer is to be.
         answer: what an output is graded by: the value itself, or the items of a list joined by ``", "``.
-        reply: what a perfect reader says: what a model is trained on. Equal to ``answer``, or sentences around it.
+        reply: what a perfect reader says, and a model is trained on: ``answer``, or sentences around it.
         kind: "word" and "number" ask for one value.
-        length: tokens of the reply, roughly: 1 (the value), 5 (a sentence that restates the question, with the
-            value at its end), 20 (a list) or 80 (a summary of a section, a caption of the page).
-        places: cells of ``page`` that hold the answer, in the order in which they are said. For a value, entry
-            ``i`` is the cell of its piece ``i``; lists leave out what stands between the items; summaries and
-            captions name the cells of their facts.
+        length: tokens of the reply, roughly: 1 (the value), 5 (a sentence that restates the question and ends
+            with the value), 20 (a list) or 80 (a summary of a section, a caption of the page).
+        places: cells of ``page`` that hold the answer, in the order in which they are said. For a value,
+            entry ``i`` is the cell of its piece ``i``; lists leave out what stands between the items;
+            summaries and captions name the cells of their facts.
         page: which of the sample's pages it is about.
     """
 
@@ -110,4 +110,6 @@ class Sample:
 
     def asked(self, *kinds: Kind, length: int | None = None) -> tuple[Question, ...]:
         """The questions of these kinds (all if none is named) and of this length."""
-        return tuple(q for q in self.questions if q.kind in (kinds or (q.kind,)) and length in (None, q.length))
+        return tuple(
+            q for q in self.questions if q.kind in (kinds or (q.kind,)) and length in (None, q.length)
+        )
