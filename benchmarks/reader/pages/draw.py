@@ -38,7 +38,7 @@ def draw(family: str, seed: int, size: int, blank_share: float, encode: Encode, 
         raise ValueError(f"size is {size}; a page has {SIZES.start} to {SIZES.stop - 1} cells")
     if not 0 <= blank_share <= 0.8:
         raise ValueError(f"blank_share is {blank_share}; it must be between 0 and 0.8")
-    r, kind = Random(f"{family}/{seed}/{size}/{blank_share}"), FAMILIES[family]
+    r, kind = Random(f"{family}/{seed}/{size}/{float(blank_share)}"), FAMILIES[family]
     lines = _written(r, kind, size * (1 - blank_share), encode)
     texts = [Text(pieces, line.column) for line, pieces in lines]
     page, places = lay_out(r, texts, size, blank_share)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from random import Random
 from typing import Iterator, NamedTuple, Sequence
 
+from benchmarks.reader.pages.grading import says
 from benchmarks.reader.pages.lines import Fact, Family, Line
 from benchmarks.reader.pages.page import Encode, Question
 
 LIST_TOKENS, LONG_TOKENS = 20, 80
-ENOUGH = 0.75  # of these; a page with less to say gets no such question
+NEARLY, ENOUGH = 0.9, 0.75  # of these: where an answer stops growing, and the least that is asked for
 
 
 class Placed(NamedTuple):
@@ -60,12 +61,14 @@ def ask(
 
 
 def _values(r: Random, lines: Sequence[Placed], count: int) -> Iterator[Question]:
-    """As many numbers as words where the page has both."""
+    """As many numbers as words where the page has both; none whose question says it."""
     kinds: dict[str, list[tuple[Placed, Fact]]] = {"word": [], "number": []}
     for placed in lines:
         for fact in placed.line.facts:
-            kind = "number" if placed.line.value(fact.mark)[0].isdigit() else "word"
-            kinds[kind].append((placed, fact))
+            value = placed.line.value(fact.mark)
+            kind = "number" if value[0].isdigit() else "word"
+            if not says(fact.ask, value, kind):
+                kinds[kind].append((placed, fact))
     for found in kinds.values():
         r.shuffle(found)
     few, many = sorted(kinds, key=lambda kind: len(kinds[kind]))
@@ -82,18 +85,16 @@ def _values(r: Random, lines: Sequence[Placed], count: int) -> Iterator[Question
 def _list(r: Random, family: Family, keyed: Sequence[Placed], encode: Encode) -> Iterator[Question]:
     """The keys that follow a key, in order."""
     names = [placed.line.value(placed.line.key) for placed in keyed]
-    costs = [len(encode(f" {name},")) for name in names]
-    count = max(1, round(LIST_TOKENS * len(costs) / max(1, sum(costs))))
-    if len(names) <= count:
-        return
-    first = r.randrange(len(names) - count)
-    after = slice(first + 1, first + 1 + count)
-    answer = ", ".join(names[after])
-    if len(encode(answer)) < ENOUGH * LIST_TOKENS:
-        return
-    cells = tuple(cell for placed in keyed[after] for cell in placed.cells(placed.line.key))
-    text = f"Which {count} {family.listed} come after {names[first]}?"
-    yield Question(text, answer, f"{answer}.", "list", 20, cells)
+    for first in r.sample(range(len(names)), len(names)):
+        for end in range(first + 2, len(names) + 1):
+            answer = ", ".join(names[first + 1 : end])
+            if len(encode(answer)) >= LIST_TOKENS * NEARLY:
+                cells = [c for placed in keyed[first + 1 : end] for c in placed.cells(placed.line.key)]
+                text = (
+                    f"Which {end - first - 1} {family.listed} come after {names[first]} in the {family.noun}?"
+                )
+                yield Question(text, answer, f"{answer}.", "list", 20, tuple(cells))
+                return
 
 
 def _summary(r: Random, family: Family, lines: Sequence[Placed], encode: Encode) -> Iterator[Question]:
@@ -104,7 +105,7 @@ def _summary(r: Random, family: Family, lines: Sequence[Placed], encode: Encode)
         told, cells, last = [], [], start
         for index, placed in enumerate(lines[start:], start):
             if placed.line.key is not None and index > start:
-                if len(encode(" ".join(told))) >= LONG_TOKENS * 0.9:
+                if len(encode(" ".join(told))) >= LONG_TOKENS * NEARLY:
                     break
                 last = index
             told += map(placed.told, placed.line.facts)

@@ -51,7 +51,7 @@ reception review seminar show test tour training walk webinar wedding workshop""
 SUBJECTS = """algebra art astronomy biology chemistry drama economics ethics film food geography geometry
 grammar health history language law literature mathematics medicine music philosophy physics poetry
 politics psychology religion science sociology statistics technology travel""".split()
-ROOMS = """attic balcony basement bathroom bedroom cabin cellar chapel corridor courtyard den dining garage
+ROOMS = """attic balcony basement bathroom bedroom cabin cellar chapel corridor courtyard den garage
 garden gallery gym hall kitchen laboratory laundry library lobby museum nursery office pantry porch shop
 stable stage storage store studio theater tower workshop""".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()

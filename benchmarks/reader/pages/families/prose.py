@@ -78,6 +78,6 @@ def letter_heading(r: Random) -> Line:
     )
 
 
-STORY = Family("story", titled("People of our town"), story, "people of the story")
+STORY = Family("story", titled("People of our town"), story, "people")
 NEEDLE = Family("notebook", titled("Notes of a long day"), needle, "things", shuffled=True)
 LETTER = Family("letter", letter_heading, letter, "dates")

@@ -109,6 +109,6 @@ def orders(r: Random) -> Iterator[Line]:
 
 FORM = Family("form", form_heading, form, "fields")
 RECEIPT = Family("receipt", receipt_heading, receipt, "goods")
-TABLE = Family("table", titled("name | city | age | job"), table, "people of the table")
+TABLE = Family("table", titled("name | city | age | job"), table, "people")
 INVENTORY = Family("inventory", titled("Inventory of the store"), inventory, "articles")
 ORDERS = Family("order book", titled("Orders of the week"), orders, "buyers")
