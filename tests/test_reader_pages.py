@@ -14,7 +14,7 @@ from benchmarks.reader.pages.families import FAMILIES, HELD_OUT, SEEN
 from benchmarks.reader.pages.grading import grade
 from benchmarks.reader.pages.layout import Text, lay_out
 from benchmarks.reader.pages.page import BLANK, DECORATIONS, LINE_END, Page, Question, Sample, holds_text
-from benchmarks.reader.pages.pieces import stand_in
+from benchmarks.reader.pages.pieces import stand_in, vocabulary
 
 SHARES = (0, 0.5, 0.8)
 SEEDS = range(4)
@@ -94,12 +94,13 @@ def test_large_pages_have_answers_of_every_length_and_kind(family):
 
 
 @every_family
-def test_no_question_has_two_answers(family):
+def test_no_question_has_two_answers_or_says_its_own(family):
     for seed in SEEDS:
         drawn = sample(family, seed, 2000, 0)
-        everything = draw(family, seed, 2000, 0, stand_in, facts=10_000)
-        assert len(everything.questions) > len(drawn.questions)
-        assert len({question.text for question in everything.questions}) == len(everything.questions)
+        everything = draw(family, seed, 2000, 0, stand_in, facts=10_000).questions
+        assert len(everything) > len(drawn.questions)
+        assert len({question.text for question in everything}) == len(everything)
+        assert not any(grade(question, question.text) for question in everything if question.length < 20)
 
 
 def test_questions_about_several_pages_are_about_one_of_them():
@@ -120,6 +121,20 @@ def test_a_seed_gives_one_page_and_another_seed_another(family):
     assert again == sample(family, 3)
     assert draw(family, 3, 400, 0, stand_in) == draw(family, 3, 400, 0.0, stand_in)
     assert len({sample(family, seed).pages for seed in SEEDS}) == len(SEEDS)
+
+
+def test_the_vocabulary_holds_the_pieces_of_all_pages():
+    pieces = vocabulary(stand_in)
+    assert pieces == sorted(set(pieces)) and not set(pieces) & {BLANK, *DECORATIONS}
+    for family in FAMILIES:
+        for seed in SEEDS:
+            assert set(filter(holds_text, sample(family, seed, 2000, 0).pages[0].cells)) <= set(pieces)
+
+
+def test_needles_stand_at_any_depth():
+    firsts = {draw("needle", seed, 400, 0, stand_in).pages[0].text.split(LINE_END)[1] for seed in range(10)}
+    assert any("code" in line or "belongs" in line for line in firsts)
+    assert not all("code" in line or "belongs" in line for line in firsts)
 
 
 @every_page

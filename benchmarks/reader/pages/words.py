@@ -51,7 +51,7 @@ reception review seminar show test tour training walk webinar wedding workshop""
 SUBJECTS = """algebra art astronomy biology chemistry drama economics ethics film food geography geometry
 grammar health history language law literature mathematics medicine music philosophy physics poetry
 politics psychology religion science sociology statistics technology travel""".split()
-ROOMS = """attic balcony basement bathroom bedroom cabin cellar chapel corridor courtyard den garage
+ROOMS = """attic balcony basement bathroom bedroom cabin chapel corridor courtyard den garage
 garden gallery gym hall kitchen laboratory laundry library lobby museum nursery office pantry porch shop
 stable stage storage store studio theater tower workshop""".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -69,7 +69,7 @@ The road goes along the river to the old mill.
 We waited for the train until it was dark.
 A boy ran across the field with a letter.
 The market opens early and closes at noon.
-It rained for two days and the street was full of water.
+There was rain for two days and the street was full of water.
 She put the book back and looked at the sea.
 The bridge is older than the town.
 There was music in the street until late at night.

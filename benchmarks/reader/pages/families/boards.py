@@ -60,7 +60,7 @@ def weather(r: Random) -> Iterator[Line]:
         )
 
 
-SCHEDULE = Family("schedule", titled("Schedule of the month"), schedule, "events", shuffled=True)
+SCHEDULE = Family("schedule", titled("Schedule of the month"), schedule, "events")
 PLAN = Family("floor plan", titled("Plan of the floor"), plan, "rooms")
-TIMETABLE = Family("timetable", titled("Departures of the day"), timetable, "trains")
+TIMETABLE = Family("timetable", titled("Train times of the day"), timetable, "trains")
 WEATHER = Family("weather report", titled("Weather of the week"), weather, "places")

@@ -28,7 +28,7 @@ FIELDS = {
     "height": (150, 199),
     "weight": (50, 99),
     "salary": (1000, 9900),
-    "locker": (100, 999),
+    "floor": (10, 99),
     "code": (1000, 9999),
     "house number": (10, 99),
 }
@@ -61,7 +61,7 @@ def receipt(r: Random) -> Iterator[Line]:
 
 def receipt_heading(r: Random) -> Line:
     return line(
-        f"Receipt from [{r.choice(words.COMPANIES)}] Market by [{r.choice(words.NAMES)}]",
+        f"Bill from [{r.choice(words.COMPANIES)}] Market by [{r.choice(words.NAMES)}]",
         (0, "Which market is the receipt from?", "The receipt is from the market _."),
         (1, "Who wrote the receipt?", "The receipt was written by _."),
     )
