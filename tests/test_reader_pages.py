@@ -153,6 +153,23 @@ def test_only_blank_cells_are_decorated(blank_share):
     assert blank_share == 0 or seen == {BLANK, *DECORATIONS}
 
 
+def holes(page: Page) -> int:
+    """How many runs without text there are between two pieces."""
+    return "".join("x" if holds_text(cell) else " " for cell in page.cells).strip().count("x ")
+
+
+def test_blank_cells_are_spread_between_the_lines():
+    for seed in range(20):
+        lines = [Text(["a"] * 6 + [LINE_END])] * 20
+        running_on = lay_out(Random(seed), lines, 155, 0.1)[0]
+        assert len({page_row[0] for page_row in running_on.rows}) > 1 and holes(running_on) >= 5
+        in_rows = lay_out(Random(seed), lines, 700, 0.8)[0]
+        assert holes(in_rows) >= 10
+        wholly_blank = [not any(map(holds_text, row)) for row in in_rows.rows]
+        first, last = wholly_blank.index(False), len(wholly_blank) - 1 - wholly_blank[::-1].index(False)
+        assert any(wholly_blank[first:last])
+
+
 def test_rooms_of_a_plan_stand_above_each_other():
     abreast = 0
     for seed in range(20):

@@ -101,7 +101,8 @@ def _strips(texts: Sequence[Text], width: int) -> list[Strip]:
 def _in_rows(r: Random, strips: list[Strip], lengths: list[int], width: int, height: int) -> list[list[int]]:
     """The cells of each piece where rows are spread over the height in a few blocks."""
     blank_rows = height - len(strips)
-    cuts = r.sample(range(len(strips) + 1), r.randint(1, min(len(strips) + 1, max(1, blank_rows))))
+    most = min(len(strips) + 1, max(1, blank_rows))
+    cuts = r.sample(range(len(strips) + 1), r.randint(min(3, most), most))
     gaps = dict.fromkeys(cuts, 0)
     for _ in range(blank_rows):
         gaps[r.choice(cuts)] += 1
