@@ -189,11 +189,15 @@ USES = {
         "AttentionBackend._snapshot_prefill_shared_reads": "self forward_batch num_qo_tokens",
         "SharedReadEnds.UNKNOWN": "",
     },
+    "sglang.srt.model_executor.runner.base_cuda_graph_runner": {
+        "get_batch_sizes_to_capture": "model_runner",
+    },
     "sglang.srt.disaggregation.kv_events": {
         "is_kv_publisher_rank": "kv_events_config",
         "select_kv_publisher_dp_rank": "attn_dp_size attn_dp_rank dp_rank",
     },
     "sglang.srt.runtime_context": {
+        "get_exec": "",
         "get_parallel": "",
         "num_dp_ranks_of": "cfg",
     },

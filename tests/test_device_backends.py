@@ -6,6 +6,7 @@ FlashAttention backend; pools, attention layers and batches are SGLang's own.
 
 import re
 from array import array
+from bisect import bisect_left
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +62,7 @@ class World:
             req_to_token_pool=self.rows,
             model_config=SimpleNamespace(num_attention_heads=HEADS * GROUP, dtype=torch.float32),
         )
-        self.cpu, self.device = RaggedTorchNativeBackend(runner), OnDevice(runner)
+        self.runner, self.cpu, self.device = runner, RaggedTorchNativeBackend(runner), OnDevice(runner)
         self.layers = [RadixAttention(HEADS * GROUP, DIM, 0.3, HEADS, layer) for layer in range(LAYERS)]
         self.alive = []
 
@@ -127,6 +128,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch) -> World:
     monkeypatch.setattr(device, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    monkeypatch.setattr(device, "captured_sizes", lambda runner: [1, 2, 4])
     monkeypatch.setattr(indices, "PROGRAMS", LAYERS)  # the interpreter runs them one after another
     return World()
 
@@ -314,8 +316,29 @@ def test_index_lists_take_a_64th_of_the_pool(bytes_per_slot, times):
     slots, layers = 400_000, 28
     storage = SimpleNamespace(nbytes=slots * bytes_per_slot)
     pool = SimpleNamespace(layer_num=layers, cells_per_layer=2 * slots, storage=storage)
-    expected = times * slots * layers + (device.PADDING * layers if times == 1 else 0)
-    assert device._capacity(pool) == expected
+    expected = times * slots * layers + (31 * layers if times == 1 else 0)
+    assert device._capacity(pool, padding=31) == expected
+
+
+@pytest.mark.parametrize(
+    "sizes, padding", [([], 0), ([1], 0), ([8], 7), ([1, 2, 4, 8, 12], 3), ([1, 512], 510), ([1, 2, 300, 512], 297)]
+)
+def test_padding_is_what_the_captured_sizes_leave(sizes, padding):
+    assert device.most_padding(sizes) == padding
+    largest = max(sizes, default=0)
+    assert padding == max((sizes[bisect_left(sizes, n)] - n for n in range(1, largest + 1)), default=0)
+
+
+def test_the_last_layers_keep_their_rows_beside_all_padding(world, monkeypatch):
+    """A full pool, in the widest gap that the captured sizes have."""
+    monkeypatch.setattr(device, "captured_sizes", lambda runner: [1, 6])
+    tight = CellPool(24, 1, torch.float16, HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False)
+    runner = SimpleNamespace(**vars(world.runner) | dict(token_to_kv_pool=tight))
+    backend = OnDevice(runner)
+    world.rows.req_to_token[1, :24] = torch.arange(1, 25)
+    rows, lengths = torch.tensor([1, 0, 0, 0, 0, 0]), torch.tensor([24, 1, 1, 1, 1, 1])
+    indptr, _ = backend._build(backend._indices, SimpleNamespace(req_pool_indices=rows, seq_lens=lengths))
+    assert indptr.diff(dim=1).tolist() == [[24, 1, 1, 1, 1, 1]] * LAYERS
 
 
 def test_warming_up_changes_nothing_but_the_padding_slot(world):

@@ -6,7 +6,7 @@ import logging
 
 from sglang_vlkv.observe import publisher
 from sglang_vlkv.options import config
-from sglang_vlkv.options.backends import ATTENTION, RADIX_CACHE, takes
+from sglang_vlkv.options.backends import ATTENTION, BACKENDS, OTHERS_OF_HARDWARE, RADIX_CACHE, takes
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +47,48 @@ def register_resolution() -> None:
 
 
 def _choose_attention_backend(server_args, previous) -> None:
-    """Where the operator named no backend, SGLang picks one for the hardware, which may have no
-    ragged counterpart, or none for the model's heads."""
-    from sglang.srt.arg_groups.model_override_base import get_default_attn_backend, model_config_of
-    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view, use_mla_backend
+    """One backend scores prompts and reads kept rows: what the operator named, else one for the
+    hardware. A model's own defaults may name one for each of these.
 
-    named = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
-    cfg = resolving_view(server_args)
-    chosen = config.settings_of(server_args) is None or any(getattr(cfg, name) for name in named)
-    # Before SGLang resolves its own choice, which would decide on the page size too.
-    if not chosen and cfg.device == "cpu":
-        declare_resolution(server_args, "sglang_vlkv", attention_backend="torch_native")
-    elif not chosen and cfg.device == "cuda":
-        uses_mla, model = use_mla_backend(server_args), model_config_of(server_args)
-        default = get_default_attn_backend(server_args, uses_mla, model)
-        if default not in ATTENTION["cuda"] or not takes(default, model.head_dim):
-            declare_resolution(server_args, "sglang_vlkv", attention_backend="triton")
+    It runs before SGLang resolves its own choice, which would decide on the page size too.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    backends = config.settings_of(server_args) and (_named(server_args) or _by_hardware(server_args))
+    if backends:
+        fields = dict(zip(BACKENDS, backends, strict=True))
+        if server_args.page_size is None:
+            fields["page_size"] = 1
+        declare_resolution(server_args, "sglang_vlkv", **fields)
     previous(server_args)
+
+
+def _named(server_args) -> tuple[str, str, str] | None:
+    """:data:`BACKENDS` as the operator named them, what is left out like the others; None where none is."""
+    # What SGLang itself declares is not in the arguments' own fields.
+    base, prefill, decode = (getattr(server_args, name) for name in BACKENDS)
+    if not (base or prefill or decode):
+        return None
+    return base or prefill or decode, prefill or base or decode, decode or base or prefill
+
+
+def _by_hardware(server_args) -> tuple[str, str, str] | None:
+    """SGLang's choice where it can be served, else one that can; None where the model needs its own."""
+    from sglang.srt.arg_groups.model_override_base import get_default_attn_backend, model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view, use_mla_backend
+
+    cfg, model = resolving_view(server_args), model_config_of(server_args)
+    if cfg.device == "cpu":
+        return ("torch_native",) * 3
+    if cfg.device != "cuda":
+        return None
+    declared = [backend for name in BACKENDS if (backend := getattr(cfg, name))]
+    default = get_default_attn_backend(server_args, use_mla_backend(server_args), model)
+    if not {default, *declared} <= {*ATTENTION["cuda"], *OTHERS_OF_HARDWARE}:
+        return None
+    backend = cfg.prefill_attention_backend or cfg.attention_backend or default
+    served = backend in ATTENTION["cuda"] and takes(backend, model.head_dim)
+    return (backend if served else "triton",) * 3
 
 
 def _validate(server_args, previous) -> None:
@@ -83,7 +108,7 @@ def _validate(server_args, previous) -> None:
             logger.warning("Without --kv-policy these have no effect: %s.", flags)
         return
     cfg = resolving_view(server_args)
-    refuse(cfg, model_config_of(server_args))
+    refuse(server_args, model_config_of(server_args))
     if address is not None:
         _check_address(address, cfg)
     declare_resolution(server_args, "sglang_vlkv", radix_cache_backend=RADIX_CACHE)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from sglang.srt.arg_groups.overrides import resolving_view
 
 from sglang_vlkv.observe.metrics import LABELS
-from sglang_vlkv.options.backends import ATTENTION
+from sglang_vlkv.options.backends import ATTENTION, BACKENDS
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,21 @@ class Asked:
     """What a server is to run.
 
     Attributes:
-        cfg: SGLang's resolving view of the server arguments.
+        args: SGLang's server arguments, as the operator gave them.
         model: SGLang's ModelConfig.
     """
 
-    cfg: object
+    args: object
     model: object
+
+    @property
+    def cfg(self):
+        """What SGLang has made of the arguments so far."""
+        return resolving_view(self.args)
+
+    def gave(self, field: str) -> bool:
+        """Whether the value of ``field`` is the operator's, not one that SGLang chose."""
+        return getattr(self.args, field) == getattr(self.cfg, field)
 
     @property
     def prefill(self) -> str | None:
@@ -31,6 +41,33 @@ class Asked:
     def decode(self) -> str | None:
         """The attention backend of decode steps."""
         return self.cfg.decode_attention_backend or self.cfg.attention_backend
+
+    @property
+    def prefill_named(self) -> str:
+        """How the backend of prefills was asked for."""
+        return self._named(self.prefill, "prefill_attention_backend")
+
+    @property
+    def decode_named(self) -> str:
+        """How the backend of decode steps was asked for."""
+        return self._named(self.decode, "decode_attention_backend")
+
+    def _named(self, backend: str, first: str) -> str:
+        for field in (first, *BACKENDS):
+            if getattr(self.args, field) == backend:
+                return f"--{field.replace('_', '-')} {backend}"
+        return f"the {backend} attention that SGLang chose"
+
+    @property
+    def pages(self) -> str:
+        size = self.cfg.page_size
+        return f"--page-size {size}" if self.gave("page_size") else f"the pages of {size} tokens that SGLang chose"
+
+    @property
+    def kv_dtype(self) -> str:
+        dtype = self.cfg.kv_cache_dtype
+        chosen = f"the {dtype} KV cache that SGLang chose"
+        return f"--kv-cache-dtype {dtype}" if self.gave("kv_cache_dtype") else chosen
 
     @property
     def device(self) -> str:

@@ -14,6 +14,12 @@ ATTENTION = {
     },
 }
 
+# The arguments that name one; those of a phase go before the first.
+BACKENDS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+
+# What SGLang also takes for plain attention on some NVIDIA GPUs, where any of ours does as well.
+OTHERS_OF_HARDWARE = ("fa4", "trtllm_mha")
+
 # Sizes of a head that a counterpart's kernels are compiled for; the others take any.
 HEAD_DIMS = {"flashinfer": (64, 128, 256)}
 

@@ -14,7 +14,7 @@ from sglang.srt.utils.common import get_bool_env_var
 
 from sglang_vlkv.observe.metrics import LABELS
 from sglang_vlkv.options.asked import Asked
-from sglang_vlkv.options.backends import ATTENTION, HEAD_DIMS, RADIX_CACHE, takes
+from sglang_vlkv.options.backends import ATTENTION, BACKENDS, HEAD_DIMS, RADIX_CACHE, takes
 
 KV_DTYPES = (None, "auto", "bfloat16", "bf16", "float16", "float32")
 
@@ -85,7 +85,7 @@ MODEL = (
     Refusal(
         "`--attention-backend flashinfer` with other sizes of head",
         lambda its: not takes(its.decode, its.model.head_dim),
-        "attention heads of {its.model.head_dim} under --attention-backend {its.decode}",
+        "attention heads of {its.model.head_dim} under {its.decode_named}",
         f"its kernels are made for heads of {', '.join(map(str, HEAD_DIMS['flashinfer']))}",
         "Use --attention-backend triton",
     ),
@@ -97,8 +97,8 @@ def _unread(field: str) -> Refusal:
     flag = f"--{field.replace('_', '-')}"
     return Refusal(
         f"`{flag}` but `torch_native` on a CPU and `{'`, `'.join(ATTENTION['cuda'])}` on NVIDIA GPUs",
-        lambda its: getattr(its.cfg, field) not in (None, *ATTENTION.get(its.cfg.device, {})),
-        f"{flag} {{cfg.{field}}}",
+        lambda its: getattr(its.args, field) not in (None, *ATTENTION.get(its.cfg.device, {})),
+        f"{flag} {{its.args.{field}}}",
         "it cannot read per-layer ragged rows",
         f"Use {flag} {{its.served}}",
     )
@@ -112,18 +112,25 @@ ATTENTION_SERVED = (
         "it has no kernels for this device",
         "Serve on NVIDIA GPUs or on a CPU",
     ),
-    *map(_unread, ("attention_backend", "prefill_attention_backend", "decode_attention_backend")),
+    *map(_unread, BACKENDS),
+    Refusal(
+        "models with attention of their own",
+        lambda its: not {its.prefill, its.decode} <= {None, *ATTENTION.get(its.cfg.device, {})},
+        "a model that SGLang serves with {its.prefill} and {its.decode} attention",
+        "what they compute is not attention over all rows before a token",
+        OTHER_MODEL,
+    ),
     Refusal(
         "another `--prefill-attention-backend` than `--decode-attention-backend`",
         lambda its: its.prefill != its.decode,
-        "--prefill-attention-backend {its.prefill} with --decode-attention-backend {its.decode}",
+        "{its.prefill_named} with {its.decode_named}",
         "one backend both scores the prompt and reads the kept rows",
         "Use --attention-backend {its.decode}",
     ),
     Refusal(
         "`--page-size` over 1",
         lambda its: its.cfg.page_size is not None and its.cfg.page_size > 1,
-        "--page-size {cfg.page_size}",
+        "{its.pages}",
         "rows are kept token by token",
         "Use --page-size 1",
     ),
@@ -220,9 +227,9 @@ MEMORY = (
     Refusal(
         "`--kv-cache-dtype` of 8 bits or fewer",
         lambda its: its.cfg.kv_cache_dtype not in KV_DTYPES,
-        "--kv-cache-dtype {cfg.kv_cache_dtype}",
+        "{its.kv_dtype}",
         "rows of a quantised cache share scales",
-        "Use --kv-cache-dtype auto",
+        "Use --kv-cache-dtype bfloat16, or float16 for a model of that dtype",
     ),
     Refusal(
         "`--enable-hisparse`, `--enable-page-major-kv-layout`, `--enable-unified-memory`",
@@ -260,7 +267,7 @@ KERNELS = (
     Refusal(
         "`--enable-deterministic-inference`, `--rl-on-policy-target`",
         lambda its: its.cfg.enable_deterministic_inference,
-        "--enable-deterministic-inference",
+        "deterministic inference (--enable-deterministic-inference, --rl-on-policy-target)",
         "the decode kernels divide their work by what else is in the batch, and which rows are "
         "kept depends on the prefix that is found",
         "Drop --enable-deterministic-inference and --rl-on-policy-target",
@@ -335,17 +342,17 @@ VARIABLES = (
 REFUSALS = (*MODEL, *ATTENTION_SERVED, *PARALLEL, *MEMORY, *KERNELS, *FRONTEND, *VARIABLES)
 
 
-def refuse(cfg, model_config) -> None:
+def refuse(server_args, model_config) -> None:
     """Raises ValueError for the first combination that cannot be served.
 
     Args:
-        cfg: SGLang's resolving view of the server arguments.
+        server_args: SGLang's, with what its resolution has declared so far.
         model_config: SGLang's ModelConfig.
     """
-    its = Asked(cfg, model_config)
+    its = Asked(server_args, model_config)
     for refusal in REFUSALS:
         if refusal.holds(its):
-            asked, instead = (words.format(cfg=cfg, its=its) for words in (refusal.asked, refusal.instead))
+            asked, instead = (words.format(cfg=its.cfg, its=its) for words in (refusal.asked, refusal.instead))
             raise ValueError(
                 f"--kv-policy cannot serve {asked}: {refusal.why}. {instead}, or use --kv-policy none."
             )
