@@ -124,6 +124,17 @@ class Case:
         return self.tagged(*VISUAL)
 
     @property
+    def pictures(self) -> list[list[int]]:
+        """The positions of each picture or video: neighbours with the same tag."""
+        found: list[list[int]] = []
+        for j in self.visual:
+            if found and found[-1][-1] == j - 1 and self.tags[j] == self.tags[j - 1]:
+                found[-1].append(j)
+            else:
+                found.append([j])
+        return found
+
+    @property
     def vision_end(self) -> int:
         return max(self.visual, default=-1) + 1
 
@@ -281,21 +292,65 @@ def best(members, count: int, by: Sequence[float]) -> set[int]:
     return set(sorted(members, key=lambda j: (-by[j], j))[:count])
 
 
-def choose(policy, judged: Verdict, layer: int, head: int) -> list[int]:
+def own_rows(policy, k: int, num_pictures: int) -> int:
+    """Rows of a KV head that are its pictures' own."""
+    most = k - max(1, k // 10)
+    if policy.picture_share == 0 or num_pictures == 0:
+        return 0
+    one_each = num_pictures if num_pictures <= most else k // 2
+    return min(max(round(policy.picture_share * k), one_each), most)
+
+
+def picture_rows(policy, judged: Verdict, pictures: list[list[int]], layer: int, head: int) -> list[int]:
+    """How many of its own rows a KV head gives to each picture."""
+    heads, sizes = len(judged.scores[layer]), [len(own) for own in pictures]
+    rows = [own_rows(policy, k, len(pictures)) for k in judged.budgets]
+    given, spare = rows[layer], sum(sizes) - len(sizes)
+    if given < len(pictures):
+        turn = heads * sum(rows[:layer]) + head * given
+        chosen = {(turn + i) % len(pictures) for i in range(given)}
+        return [int(i in chosen) for i in range(len(pictures))]
+    more = min(given - len(pictures), spare)
+    shares = [Fraction(more * (size - 1), max(1, spare)) for size in sizes]
+    counts = [1 + math.floor(share) for share in shares]
+    by_fraction = sorted(range(len(sizes)), key=lambda i: (math.floor(shares[i]) - shares[i], i))
+    for i in by_fraction[: more + len(sizes) - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def choose(policy, judged: Verdict, layer: int, head: int, pictures: list[list[int]]) -> list[int]:
     """The positions that a KV head keeps."""
     scores, k = judged.scores[layer][head], judged.budgets[layer]
     n = len(scores)
     num_recent = min(judged.recent(k), k)
-    stay = set(range(n - num_recent, n)) | set(range(min(policy.sink_tokens, k - num_recent)))
+    window = set(range(n - num_recent, n))
+    sinks = [j for j in range(min(policy.sink_tokens, k - num_recent)) if j not in window]
+    first = window | set(sinks)
     floors = set()
     for members, fraction in judged.floors:
         floors |= best(members, round(fraction * len(members)), scores)
-    stay |= best(floors - stay, min(round(policy.floors_share * k), k - len(stay)), scores)
+    second = best(floors - first, min(round(policy.floors_share * k), k - len(first)), scores)
+    third = set()
     if judged.quota:
-        second = judged.quota[layer][head]
-        members = [j for j in range(n) if j not in stay and second[j] is not None]
-        stay |= best(members, round(policy.quota * (k - len(stay))), second)
-    return sorted(stay | best(set(range(n)) - stay, k - len(stay), scores))
+        by = judged.quota[layer][head]
+        members = [j for j in range(n) if j not in first | second and by[j] is not None]
+        third = best(members, round(policy.quota * (k - len(first | second))), by)
+
+    def place(j: int) -> tuple:
+        tier = next((i for i, group in enumerate((first, second, third)) if j in group), 3)
+        return tier, -scores[j], j
+
+    own = set()
+    counts = picture_rows(policy, judged, pictures, layer, head)
+    for members, count in zip(pictures, counts, strict=True):
+        own |= set(sorted(members, key=place)[:count])
+    if any(own_rows(policy, other, len(pictures)) for other in judged.budgets):
+        own.add(n - 1)
+        others = [j for j in [*sinks, *sorted(window, reverse=True)] if j not in own]
+        first = own | set(others[: k - len(own)])
+    stay = sorted(set(range(n)) - own, key=place)[: k - len(own)]
+    return sorted(own | set(stay))
 
 
 @defines("none")

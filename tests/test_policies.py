@@ -233,7 +233,7 @@ def test_kept_rows_are_the_defined_ones(name, options, case):
         policy = policies()[name](budget=budget, **options)
         judged = naive.judge(policy, case)
         wanted = [
-            [naive.choose(policy, judged, layer, head) for head in case.kv_heads]
+            [naive.choose(policy, judged, layer, head, case.pictures) for head in case.kv_heads]
             for layer in range(case.num_layers)
         ]
         selection = selected(policy, case)
@@ -244,7 +244,8 @@ def test_kept_rows_are_the_defined_ones(name, options, case):
 @pytest.mark.parametrize("budget", [0.12, 0.5, 1.0])
 @every_option
 def test_budget_is_spent_the_protected_stay_and_nothing_is_written_to(name, options, budget):
-    policy, case = policies()[name](budget=budget, **options), case_of("T63-H2-HQ8-D100")
+    policy = policies()[name](budget=budget, picture_share=0.0, **options)
+    case = case_of("T63-H2-HQ8-D100")
     inputs = [case.q, case.k, case.v]
     before = [x.clone() for x in inputs]
     layers = [scored(policy, case, index) for index in range(case.num_layers)]
@@ -272,7 +273,7 @@ def test_budget_is_spent_the_protected_stay_and_nothing_is_written_to(name, opti
 @every_policy
 def test_floors_take_their_share_of_a_layer_and_no_more(name, share):
     """Of text that no score would keep."""
-    options = {"budget": 0.5, "modality_floors": {"text": 1.0}, "floors_share": share}
+    options = {"budget": 0.5, "modality_floors": {"text": 1.0}, "floors_share": share, "picture_share": 0.0}
     policy, prompt = policies()[name](**options), prompt_of(case_of("T63-H2-HQ8-D100"))
     n, generator = prompt.num_tokens, torch.Generator().manual_seed(0)
     members = torch.stack([group for group, _ in policy.floors(prompt)]).any(0)
@@ -371,7 +372,7 @@ def test_a_draft_may_be_longer_than_the_prompt():
     case = make_case(7, [(T, 3), (P, 4), (T, 2)], 2, 2, 8, Rotary(8, (0,) * 4), drafted=12)
     policy = policies()["uniform"](budget=0.4)
     judged = naive.judge(policy, case)
-    wanted = [[naive.choose(policy, judged, layer, head) for head in case.kv_heads] for layer in range(3)]
+    wanted = [[naive.choose(policy, judged, layer, head, case.pictures) for head in case.kv_heads] for layer in range(3)]
     assert_same_kept(lists(selected(policy, case)), wanted, judged, 1e-5)
 
 
@@ -399,7 +400,7 @@ def test_a_quota_is_counted_like_every_other_ratio(quota, left):
 
 BASE_DEFAULTS = dict(
     budget=0.1, recent_fraction=0.1, sink_tokens=0, min_rows=16, max_rows=256, voting="post_vision",
-    min_prompt_tokens=256, modality_floors={}, floors_share=1.0, quota=0.0, merge="none",
+    min_prompt_tokens=256, modality_floors={}, floors_share=1.0, picture_share=0.1, quota=0.0, merge="none",
     merge_threshold=0.0, decode="append", fixed_point_distance=25, draft_tokens=0, compact_always=False,
 )  # fmt: skip
 NO_PICTURE = {"text": 1.0, "system": 1.0, "audio": 1.0}
@@ -424,7 +425,7 @@ DEFAULTS = {
     "infinipotv": dict(modality_floors=NO_PICTURE, quota=0.5, recent_frames=0.25, kernel_size=3),
     "expected": dict(sink_tokens=4, future=512, epsilon=0.02),
     "random": dict(seed=0),
-    "given": dict(recent_fraction=0.0, modality_floors=NO_PICTURE, visual=(), keep=True),
+    "given": dict(recent_fraction=0.0, picture_share=0.0, modality_floors=NO_PICTURE, visual=(), keep=True),
 }
 NAN, INF = float("nan"), float("inf")
 FRACTION = "in [0, 1]", [-0.1, 1.1, NAN]
@@ -438,6 +439,7 @@ REFUSED = {
     "min_prompt_tokens": ("at least 1 / budget", [0]),
     "modality_floors": ("in [0, 1]", [{"text": 1.5}, {"text": True}]),
     "floors_share": FRACTION,
+    "picture_share": FRACTION,
     "quota": FRACTION,
     "merge": ("bucket_mean", ["mean"]),
     "merge_threshold": ("in [-1, 1]", [-1.1, 1.1, NAN]),

@@ -68,7 +68,7 @@ def test_scores_are_not_written_to():
 @pytest.mark.parametrize("seed", range(9))
 @pytest.mark.parametrize("budget, recent_fraction", [(0.1, 0.1), (0.37, 0.5), (0.1, 0.0), (1.0, 1.0)])
 def test_every_layer_keeps_its_budget_with_the_recent_window_inside(seed, budget, recent_fraction):
-    policy = VLCache(budget=budget, recent_fraction=recent_fraction)
+    policy = VLCache(budget=budget, recent_fraction=recent_fraction, picture_share=0.0)
     scores = [random_scores(3 * seed + layer) for layer in range(LAYERS)]
     sparsity = [0.9, 0.2, 0.6]
     selection = select(policy, PICTURE, [*map(LayerScores, scores)], sparsity)
@@ -89,7 +89,7 @@ def test_recent_window_is_floored_and_never_empty():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_all_text_stays_inside_the_budget_where_its_floor_is_one(seed):
-    policy = VLCache(budget=0.5, modality_floors={"text": 1.0}, p=0.5)
+    policy = VLCache(budget=0.5, modality_floors={"text": 1.0}, picture_share=0.0)
     text = set((PICTURE.tags == T).nonzero().flatten().tolist())
     scores = [random_scores(seed + layer) for layer in range(LAYERS)]
     for layer_scores in scores:
@@ -128,7 +128,7 @@ def test_a_policy_without_floors_ignores_modalities():
     scores = [random_scores(layer) for layer in range(LAYERS)]
     everything_text = prompt_of((T, N))
     pictured, plain = (
-        select(VLCache(budget=0.3), prompt, [*map(LayerScores, scores)], [0.5] * LAYERS).kept
+        select(VLCache(budget=0.3, picture_share=0.0), prompt, [*map(LayerScores, scores)], [0.5] * LAYERS).kept
         for prompt in (PICTURE, everything_text)
     )
     assert all(torch.equal(a, b) for a, b in zip(pictured, plain, strict=True))

@@ -26,6 +26,7 @@ class Compacted(NamedTuple):
         prompt_tokens, visual_tokens: of the prompt.
         kept_per_layer: rows that stand for the prompt, ``[L]``.
         kept_per_modality: the same rows by lower-case modality, summed over layers and KV heads.
+        unseen_pictures: images and videos of which some layer and KV head has kept no row.
         sparsity_per_layer: as measured, ``[L]``; None where the policy looks at no attention.
         kept_bytes: of the slots that hold them, shared ones included.
         full_bytes: what the whole prompt's rows took.
@@ -40,6 +41,7 @@ class Compacted(NamedTuple):
     visual_tokens: int
     kept_per_layer: list[int]
     kept_per_modality: dict[str, int]
+    unseen_pictures: int
     sparsity_per_layer: list[float] | None
     kept_bytes: int
     full_bytes: int

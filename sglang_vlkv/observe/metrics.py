@@ -22,6 +22,7 @@ COUNTERS = {
     "kept_bytes_total": ("Bytes of the slots that hold compacted prompts' kept rows.", "policy"),
     "freed_bytes_total": ("Bytes that compacted prompts would have taken beyond that.", "policy"),
     "modality_kept_bytes_total": ("Bytes of the kept rows by what they hold.", "modality"),
+    "unseen_pictures_total": ("Pictures and videos of which some layer and head kept no row.", "policy"),
     "deferred_requests_total": ("Requests that had to wait while room was reserved for kept rows.",),
     "no_room_requests_total": ("Prefilled requests that were put back: no room for their kept rows.",),
     "finished_requests_total": ("Finished requests, by where their prefix came from.", "policy", "prefix"),
@@ -41,6 +42,10 @@ HISTOGRAMS = {
     "retention_ratio": (RETENTION_BUCKETS, "Kept rows of a compacted prompt to all its rows.", "policy"),
     "compaction_seconds": (SECONDS_BUCKETS, "Time that the scheduler stood still for compactions."),
 }
+
+OF_A_COMPACTION = (
+    "compactions_total", "kept_bytes_total", "freed_bytes_total", "unseen_pictures_total", "retention_ratio",
+)  # fmt: skip
 
 
 def _series(labels: dict) -> dict[str, Callable]:
@@ -107,7 +112,7 @@ class Metrics:
     def _begin(self, policy: str, pool_bytes: int) -> None:
         """Series begin at 0, so that their first increase is seen as one; those of policies that only
         requests ask for begin with the first that does."""
-        for name in ("compactions_total", "kept_bytes_total", "freed_bytes_total", "retention_ratio"):
+        for name in OF_A_COMPACTION:
             self._at(name, policy)
         for name in ("compaction_seconds", *(name for name, (_, *own) in COUNTERS.items() if not own)):
             self._at(name)
@@ -130,6 +135,7 @@ class Metrics:
         self._at("compactions_total", event.policy).inc()
         self._at("kept_bytes_total", event.policy).inc(event.kept_bytes)
         self._at("freed_bytes_total", event.policy).inc(max(0, event.full_bytes - event.kept_bytes))
+        self._at("unseen_pictures_total", event.policy).inc(event.unseen_pictures)
         rows = len(event.kept_per_layer) * event.prompt_tokens
         self._at("retention_ratio", event.policy).observe(sum(event.kept_per_layer) / rows)
         for modality, kept in event.kept_per_modality.items():

@@ -29,6 +29,7 @@ class Given(Policy):
     votes = False
 
     recent_fraction: float = 0.0
+    picture_share: float = 0.0
     modality_floors: Mapping[str, float] = text_stays()
     visual: Sequence[int] = ()
     keep: bool = True

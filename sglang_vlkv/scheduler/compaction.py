@@ -324,6 +324,7 @@ class Compactor:
             visual_tokens=prompt.num_visual,
             kept_per_layer=[layer.shape[1] for layer in kept],
             kept_per_modality=prompt.per_modality(kept),
+            unseen_pictures=sum(not picture.least for picture in prompt.per_picture(kept)),
             sparsity_per_layer=state.twin.sparsity,
             kept_bytes=state.kept_slots * self._pool.slot_bytes,
             full_bytes=prompt.num_tokens * self._pool.slot_bytes,

@@ -9,7 +9,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 from sglang_vlkv.cache.requests import Plan, Reason
 from sglang_vlkv.options.config import Settings
-from sglang_vlkv.scheduler.spans import MODALITIES, holds, items_of, prompt_ids
+from sglang_vlkv.scheduler.spans import MODALITIES, holds, items_of, pictures_of, prompt_ids
 from sglang_vlkv.stages.policy import Policy
 from sglang_vlkv.stages.prompt import VISUAL, Modality, Prompt
 
@@ -52,13 +52,18 @@ class Planner:
         known = ids.clamp(0, self._last)
         tags = self._tags[known]
         for item in items_of(req):
-            tags[holds(req, item, ids)] = MODALITIES[item.modality]
+            if MODALITIES[item.modality] not in VISUAL:
+                tags[holds(req, item, ids)] = MODALITIES[item.modality]
+        pictures = torch.full_like(ids, -1)
+        for number, picture in enumerate(pictures_of(req, ids)):
+            tags[picture.positions] = picture.modality
+            pictures[picture.positions] = number
         ends = self._ends_turn[known].nonzero().flatten().tolist()
         # The last message of a chat is closed too, so the newest turn follows the one before it.
         positions = req.multimodal_inputs.mrope_positions if req.multimodal_inputs else None
         if positions is not None:
             positions = positions[:, : len(ids)]  # a retracted request's cover its outputs too
-        return Prompt(tags, ends[-2] + 1 if len(ends) > 1 else 0, positions)
+        return Prompt(tags, ends[-2] + 1 if len(ends) > 1 else 0, positions, pictures)
 
     def plan(self, req: Req) -> Plan:
         """Decides, before the prefill and from the request alone, what becomes of its prompt."""

@@ -42,8 +42,11 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         return report | {"reason": str(state.why_left_alone(req.retraction_count))}
     policy = state.asked.policy
     kept, slot_bytes = state.rows_of_prompt(), tree.pool.slot_bytes * ranks.size
-    own = prompt.per_modality(kept)
-    *rows, rows_lost = ranks.sum(torch.tensor([*own.values(), state.rows_lost])).tolist()
+    own, pictures = prompt.per_modality(kept), prompt.per_picture(kept)
+    of_pictures = [picture.rows for picture in pictures]
+    rows_lost, *rows = ranks.sum(torch.tensor([state.rows_lost, *own.values(), *of_pictures])).tolist()
+    rows, of_pictures = rows[: len(own)], rows[len(own) :]
+    least = ranks.least([picture.least for picture in pictures])
     if rows_lost:
         report["prefix"]["rows_lost"] = rows_lost
     report |= {
@@ -55,6 +58,10 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "sparsity_per_layer": state.twin.sparsity,
         "kept_per_layer": [layer.shape[1] for layer in kept],
         "kept_per_modality": dict(zip(own, rows, strict=True)),
+        "pictures": [
+            {"modality": seen.modality.name.lower(), "tokens": seen.tokens, "rows": total, "least": fewest}
+            for seen, total, fewest in zip(pictures, of_pictures, least, strict=True)
+        ],
         "kept_bytes": state.kept_slots * slot_bytes,
         "full_bytes": prompt.num_tokens * slot_bytes,
         "last_bytes": state.last_slots * slot_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from sglang.srt.multimodal.modality import Modality as SglangModality
@@ -50,15 +50,23 @@ def holds(req: Req, item: MultimodalDataItem, ids: torch.Tensor) -> torch.Tensor
     return here
 
 
-def visual_spans(req: Req) -> list[dict]:
-    """The images and videos of a prompt in its order, as JSON values.
+class Picture(NamedTuple):
+    """An image or a video of a prompt.
 
-    Returns:
-        ``modality``; ``spans``, pairs of prompt positions ``[start, end)`` of its visual tokens
-        (several where text stands between a video's frames); ``grid``, how these tokens lie: (time,
-        height, width) in tokens, row by row, or None where the model does not state it.
+    Attributes:
+        modality: image or video.
+        positions: of its tokens, ascending, ``[tokens]`` int64.
+        grid: how these lie: (time, height, width) in tokens, row by row; None where the model does not
+            state it.
     """
-    ids = prompt_ids(req)
+
+    modality: Modality
+    positions: torch.Tensor
+    grid: list[int] | None
+
+
+def pictures_of(req: Req, ids: torch.Tensor) -> list[Picture]:
+    """The images and videos among ``ids``, the prompt's, in its order; equal ones as often as they come."""
     alike: dict[tuple, list[MultimodalDataItem]] = {}  # equal pictures have equal ids
     for item in items_of(req):
         if MODALITIES[item.modality] in VISUAL:
@@ -67,10 +75,23 @@ def visual_spans(req: Req) -> list[dict]:
     for items in alike.values():
         positions = torch.stack([holds(req, item, ids) for item in items]).any(0).nonzero().flatten()
         for item, own in zip(items, positions.tensor_split(len(items))):
-            if len(own):
-                modality = MODALITIES[item.modality].name.lower()
-                found.append({"modality": modality, "spans": _runs(own), "grid": _grid(item, len(own))})
-    return sorted(found, key=lambda one: one["spans"][0])
+            for patches, part in _split(item, own):
+                grid = _grid(patches, len(part))
+                found.append(Picture(MODALITIES[item.modality], part, grid))
+    return sorted((picture for picture in found if len(picture.positions)), key=lambda p: int(p.positions[0]))
+
+
+def visual_spans(req: Req) -> list[dict]:
+    """The images and videos of a prompt in its order, as JSON values.
+
+    Returns:
+        ``modality``; ``spans``, pairs of prompt positions ``[start, end)`` of its visual tokens
+        (several where text stands between a video's frames); ``grid``, as in :class:`Picture`.
+    """
+    return [
+        {"modality": modality.name.lower(), "spans": _runs(positions), "grid": grid}
+        for modality, positions, grid in pictures_of(req, prompt_ids(req))
+    ]
 
 
 def _runs(positions: torch.Tensor) -> list[list[int]]:
@@ -79,10 +100,24 @@ def _runs(positions: torch.Tensor) -> list[list[int]]:
     return [[int(run[0]), int(run[-1]) + 1] for run in positions.tensor_split(breaks)]
 
 
-def _grid(item: MultimodalDataItem, num_tokens: int) -> list[int] | None:
+def _split(
+    item: MultimodalDataItem, positions: torch.Tensor
+) -> list[tuple[list[int] | None, torch.Tensor]]:
+    """An item's pictures, each with its grid of patches; one, where they are not stated one by one."""
     stated = next((data for name in _GRIDS if (data := item.model_specific_data.get(name)) is not None), ())
-    patches = torch.as_tensor(stated).flatten().tolist()
-    if len(patches) != 3:  # none, or those of several pictures
+    grids = torch.as_tensor(stated).flatten()
+    if not len(grids) or len(grids) % 3:
+        return [(None, positions)]
+    grids = grids.view(-1, 3).long()
+    tokens = grids.prod(1) * len(positions)
+    patches = max(1, int(grids.prod(1).sum()))
+    if (tokens % patches).any():
+        return [(None, positions)]
+    return list(zip(grids.tolist(), positions.split((tokens // patches).tolist()), strict=True))
+
+
+def _grid(patches: list[int] | None, num_tokens: int) -> list[int] | None:
+    if patches is None or not num_tokens:
         return None
     time, height, width = patches
     merge = isqrt(time * height * width // num_tokens)

@@ -35,6 +35,11 @@ class Policy:
             and head, inside the budget: ``{"text": 1.0}`` keeps all text. Where floors exceed the
             budget their best-scored tokens win.
         floors_share: most of a layer's budget that floors may take.
+        picture_share: least fraction of each layer's budget that is the pictures' and videos' own, in
+            every head: a row for each of them, what remains by their sizes, their best-scored tokens. It
+            takes from all other tokens, the recent window included, and changes nothing where a picture
+            has its rows anyway. A tenth of the budget is never theirs; where one row for each does not
+            fit, they share half of it, and heads take turns. 0 lets a picture vanish.
         quota: fraction of what recent window, sinks and floors leave of a layer's budget that goes
             by the policy's second score, where it has one.
         merge: what happens to the rows that do not stay. ``none`` drops them; ``bucket_mean``
@@ -64,6 +69,7 @@ class Policy:
     min_prompt_tokens: int = 256
     modality_floors: Mapping[str, float] = field(default_factory=dict)
     floors_share: float = 1.0
+    picture_share: float = 0.1
     quota: float = 0.0
     merge: str = choice("none", "bucket_mean", "similar")
     merge_threshold: float = 0.0
@@ -77,7 +83,7 @@ class Policy:
         for option in fields(self):
             check_type(self.name, option, getattr(self, option.name))
         require(1e-9 < self.budget <= 1, "budget", self.budget, "in (0, 1]")
-        for name in ("recent_fraction", "floors_share", "quota"):
+        for name in ("recent_fraction", "floors_share", "picture_share", "quota"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         require(-1 <= self.merge_threshold <= 1, "merge_threshold", self.merge_threshold, "in [-1, 1]")
         require(self.sink_tokens >= 0, "sink_tokens", self.sink_tokens, "at least 0")

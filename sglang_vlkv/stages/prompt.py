@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -29,6 +29,36 @@ def num_tokens(ratio: float, *counts: int) -> int:
     return round(math.prod(counts, start=ratio))
 
 
+class Shown(NamedTuple):
+    """The pictures and videos of a prompt, numbered from 0.
+
+    Attributes:
+        positions: of their tokens, ascending, ``[m]`` int64.
+        numbers: whose each of them is, ``[m]`` int64.
+        sizes: how many each has, ``[pictures]`` int64, none 0.
+    """
+
+    positions: torch.Tensor
+    numbers: torch.Tensor
+    sizes: torch.Tensor
+
+
+class KeptPicture(NamedTuple):
+    """What is left of an image or a video.
+
+    Attributes:
+        modality: image or video.
+        tokens: it has in the prompt.
+        rows: kept of it, over all layers and KV heads.
+        least: kept of it by any one KV head of any layer.
+    """
+
+    modality: Modality
+    tokens: int
+    rows: int
+    least: int
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt with its placeholders expanded; outputs are never part of it.
@@ -38,11 +68,14 @@ class Prompt:
         last_turn: first position of the newest turn.
         positions: rotary positions ``[axes, n]`` int64: three axes (time, height, width) under
             M-RoPE, else one; None where they are 0 .. n-1.
+        pictures: which picture or video each position belongs to, ``[n]`` int64, -1 for none; None
+            takes every unbroken run of image or video tags for one.
     """
 
     tags: torch.Tensor
     last_turn: int = 0
     positions: torch.Tensor | None = None
+    pictures: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -51,16 +84,40 @@ class Prompt:
     def since(self, start: int) -> Prompt:
         """The part from position ``start`` on, as a prompt of its own."""
         positions = torch.arange(self.num_tokens)[None] if self.positions is None else self.positions
-        return Prompt(self.tags[start:], max(0, self.last_turn - start), positions[:, start:])
+        pictures = self.pictures if self.pictures is None else self.pictures[start:]
+        return Prompt(self.tags[start:], max(0, self.last_turn - start), positions[:, start:], pictures)
 
     @cached_property
     def visual(self) -> torch.Tensor:
         """Which positions hold a visual token, ``[n]`` bool."""
         return torch.isin(self.tags, torch.tensor(VISUAL, dtype=self.tags.dtype))
 
+    @cached_property
+    def shown(self) -> Shown:
+        """Its pictures and videos."""
+        numbers = self.pictures
+        if numbers is None:
+            changes = self.tags.diff(prepend=self.tags[:1] + 1) != 0
+            numbers = changes.cumsum(0).where(self.visual, -1)
+        positions = (numbers >= 0).nonzero().flatten()
+        _, numbers, sizes = numbers[positions].unique(return_inverse=True, return_counts=True)
+        return Shown(positions, numbers, sizes)
+
     def visual_positions(self, device: torch.device) -> torch.Tensor:
         """Where the visual tokens are, ``[m]`` int64 on ``device``."""
         return self._on("visual", lambda: self.visual.nonzero().flatten(), device)
+
+    def shown_tokens(self, device: torch.device) -> torch.Tensor:
+        """Of :attr:`shown`: positions, numbers, numbers in order, and behind these how many of the same
+        number come before; ``[4, m]`` int64 on ``device``."""
+
+        def make() -> torch.Tensor:
+            positions, numbers, sizes = self.shown
+            ordered = numbers.sort().values
+            before = torch.arange(len(ordered)) - (sizes.cumsum(0) - sizes)[ordered]
+            return torch.stack([positions, numbers, ordered, before])
+
+        return self._on("shown", make, device)
 
     def rotary_positions(self, device: torch.device) -> torch.Tensor:
         """:attr:`positions` on ``device``, also where they are 0 .. n-1."""
@@ -90,6 +147,21 @@ class Prompt:
         kept = self.tags[torch.cat([layer.flatten() for layer in kept])]
         counts, there = (torch.bincount(tags, minlength=len(Modality)) for tags in (kept, self.tags))
         return {m.name.lower(): int(counts[m]) for m in Modality if there[m]}
+
+    def per_picture(self, kept: list[torch.Tensor]) -> list[KeptPicture]:
+        """What is kept of each picture and video, in their order.
+
+        Args:
+            kept: per layer, positions ``[Hkv, rows]``.
+        """
+        positions, numbers, sizes = self.shown
+        picture = torch.full((self.num_tokens,), len(sizes))
+        picture[positions] = numbers
+        heads = [picture[head.long()] for layer in kept for head in layer]
+        counts = torch.stack([torch.bincount(head, minlength=len(sizes) + 1)[:-1] for head in heads])
+        tags = torch.empty_like(sizes).scatter_(0, numbers, self.tags[positions].long())
+        columns = tags.tolist(), sizes.tolist(), counts.sum(0).tolist(), counts.amin(0).tolist()
+        return [KeptPicture(Modality(tag), *of_one) for tag, *of_one in zip(*columns, strict=True)]
 
     @property
     def num_visual(self) -> int:

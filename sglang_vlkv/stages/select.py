@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from sglang_vlkv.kernels import on_device
 from sglang_vlkv.kernels.selection import rank, select_rows, top_positions
 from sglang_vlkv.stages.layer import LayerScores, Selection
+from sglang_vlkv.stages.pictures import mark_own, own_rows, split
 from sglang_vlkv.stages.policy import Policy
 from sglang_vlkv.stages.prompt import Prompt, num_tokens
 
-RECENT, FLOOR, QUOTA, REST = range(4)  # tiers: lower ones win whatever their score
+OWN, RECENT, FLOOR, QUOTA, REST = range(-1, 4)  # tiers: lower ones win whatever their score
 
 
 def tiers(
@@ -50,6 +52,36 @@ def tiers(
     return tier
 
 
+def keep_pictures(
+    policy: Policy, prompt: Prompt, scores: torch.Tensor, tier: torch.Tensor, budgets: list[int]
+) -> None:
+    """Gives every picture its rows, which win over all others; nothing changes where it has them already.
+
+    In their favour the oldest of the recent window go first, then the last of the sinks; the prompt's
+    last token stays.
+
+    Args:
+        scores: ``[L, H, n]``.
+        tier: of every key, as :func:`tiers` finds it, ``[L, H, n]`` int8; written to.
+        budgets: rows that each layer keeps.
+    """
+    sizes = prompt.shown.sizes
+    rows = [own_rows(policy.picture_share, num_kept, len(sizes)) for num_kept in budgets]
+    if not any(rows):
+        return
+    mark_own(prompt, scores, tier, split(sizes, rows, scores.shape[1]), OWN)
+    tier[..., -1] = OWN
+    sinks = min(policy.sink_tokens, prompt.num_tokens)
+    if all(policy.num_recent(k) + sinks + r <= k for k, r in zip(budgets, rows, strict=True)):
+        return
+    kept = on_device(budgets, scores.device)[:, None, None]
+    ahead = (tier == RECENT).int()
+    ahead = torch.cat([ahead[..., :sinks], ahead[..., sinks:].flip(-1)], -1).cumsum(-1)
+    ahead = torch.cat([ahead[..., :sinks], ahead[..., sinks:].flip(-1)], -1)
+    over = ahead > kept - (tier == OWN).sum(-1, keepdim=True)
+    tier.masked_fill_((tier == RECENT) & over, REST)
+
+
 def select(
     policy: Policy,
     prompt: Prompt,
@@ -68,6 +100,7 @@ def select(
         tiers(policy, prompt, layer.scores, num_kept, layer.quota_scores)
         for layer, num_kept in zip(layers, budgets, strict=True)
     ]
-    scores = torch.stack([layer.scores.float() for layer in layers])
-    kept = select_rows(scores, torch.stack(tier), budgets)
+    scores, tier = torch.stack([layer.scores.float() for layer in layers]), torch.stack(tier)
+    keep_pictures(policy, prompt, scores, tier, budgets)
+    kept = select_rows(scores, tier, budgets)
     return Selection(list(kept.split(budgets, dim=1)), sparsity)
