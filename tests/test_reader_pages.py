@@ -113,6 +113,8 @@ def test_questions_about_several_pages_are_about_one_of_them():
         assert "".join(cells[place] for place in question.places).strip() == question.answer
     with pytest.raises(ValueError, match="different families; these are form, form"):
         together([sample("form", 0), sample("form", 1)])
+    with pytest.raises(ValueError, match="must have one page"):
+        together([joined, sample("form")])
 
 
 @every_family
@@ -161,8 +163,8 @@ def holes(page: Page) -> int:
 def test_blank_cells_are_spread_between_the_lines():
     for seed in range(20):
         lines = [Text(["a"] * 6 + [LINE_END])] * 20
-        running_on = lay_out(Random(seed), lines, 155, 0.1)[0]
-        assert len({page_row[0] for page_row in running_on.rows}) > 1 and holes(running_on) >= 5
+        running_on = lay_out(Random(seed), lines, 148, 0.05)[0]
+        assert holes(running_on) >= 3
         in_rows = lay_out(Random(seed), lines, 700, 0.8)[0]
         assert holes(in_rows) >= 10
         wholly_blank = [not any(map(holds_text, row)) for row in in_rows.rows]
