@@ -29,7 +29,7 @@ from sglang_vlkv.policies import policies
 from sglang_vlkv.scheduler import wiring
 from sglang_vlkv.stages.prompt import Modality, Prompt
 
-LAYERS, HEADS, GROUP, DIM, SLOTS, ROWS = 3, 2, 3, 20, 400, 8
+LAYERS, HEADS, GROUP, DIM, SLOTS, ROWS, LENGTH = 3, 2, 3, 20, 400, 8, 128
 VLCACHE = policies()["vlcache"](min_rows=4)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +50,7 @@ class World:
 
     def __init__(self) -> None:
         self.pool = CellPool(SLOTS, 1, torch.float32, HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False)
-        self.rows = ReqToTokenPool(ROWS, 128, "cpu", enable_memory_saver=False)
+        self.rows = ReqToTokenPool(ROWS, LENGTH, "cpu", enable_memory_saver=False)
         self.random = torch.Generator().manual_seed(0)
         self.pool.storage.normal_(generator=self.random)
         free = torch.randperm(SLOTS, generator=self.random) + 1
@@ -110,8 +110,8 @@ class World:
         backend.init_forward_metadata(batch)
         random, tokens, outs = torch.Generator().manual_seed(seed), len(batch.input_ids), []
         for layer in self.layers:
-            q = torch.randn(64, HEADS * GROUP * DIM, generator=random)[:tokens]
-            k, v = torch.randn(2, 64, HEADS, DIM, generator=random)[:, :tokens]
+            q = torch.randn(LENGTH, HEADS * GROUP * DIM, generator=random)[:tokens]
+            k, v = torch.randn(2, LENGTH, HEADS, DIM, generator=random)[:, :tokens]
             decodes = batch.forward_mode.is_decode()
             forward = backend.forward_decode if decodes else backend.forward_extend
             outs.append(forward(q, k, v, layer, batch))

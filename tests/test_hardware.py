@@ -83,9 +83,9 @@ def qwen3_vl_start(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(**platform))
     before = dict(os.environ)
 
-    def start(policy: str = "vlcache", **typed) -> ServerArgs:
+    def start(policy: str = "vlcache", kv_budget: float = 0.1, **typed) -> ServerArgs:
         args = ServerArgs(model_path=str(tmp_path), device="cuda", **typed)
-        args.kv_policy = policy
+        args.kv_policy, args.kv_budget = policy, kv_budget if policy != "none" else None
         args.resolve_once()
         return args
 
@@ -185,3 +185,41 @@ def test_heads_that_flashinfer_has_no_kernels_for(gpu):
     args = resolved("LlavaForCausalLM", dict(prefill_attention_backend="flashinfer"), head_dim=80)
     with pytest.raises(ValueError, match="heads of 80 under --prefill-attention-backend flashinfer: "):
         refuse(args, args._model_config)
+
+
+def captured(args: ServerArgs) -> tuple[int, list[int], float]:
+    cfg = resolving_view(args)
+    decode = cfg.cuda_graph_config.decode
+    return decode.max_bs, decode.bs, cfg.mem_fraction_static
+
+
+def test_larger_batches_are_captured_and_their_memory_counted(gpu, qwen3_vl_start):
+    default, _, stock_fraction = captured(qwen3_vl_start("none"))
+    most, sizes, fraction = captured(qwen3_vl_start())
+    assert default in (256, 512) and most == max(sizes) == 1024
+    assert fraction < stock_fraction
+
+
+@pytest.mark.parametrize(
+    "typed, most",
+    [
+        (dict(max_running_requests=300), 300),
+        (dict(max_running_requests=100), 100),
+        (dict(cuda_graph_max_bs_decode=64), 64),
+        (dict(cuda_graph_bs_decode=[1, 512]), 512),
+        (dict(cuda_graph_config={"decode": {"max_bs": 40}}), 40),
+        (dict(mem_fraction_static=0.8), 256),
+        (dict(kv_budget=0.4), 512),
+        (dict(kv_budget=0.6), 256),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gpu", ["H100"], indirect=True)
+def test_what_the_operator_says_of_captured_batches_stands(gpu, qwen3_vl_start, typed, most):
+    assert captured(qwen3_vl_start(**typed))[0] == most
+
+
+@pytest.mark.parametrize("gpu", ["H100"], indirect=True)
+def test_without_decode_graphs_nothing_is_captured(gpu, qwen3_vl_start):
+    typed = dict(disable_decode_cuda_graph=True)
+    assert captured(qwen3_vl_start(**typed)) == captured(qwen3_vl_start("none", **typed))

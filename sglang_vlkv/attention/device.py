@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Iterator, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from sglang_vlkv.attention.scoring import chunk_of, extends_of, heads, score
 from sglang_vlkv.cache.device_rows import DeviceRows
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.kernels.post_vision import post_vision_scores
+from sglang_vlkv.kernels.ragged_attention.arguments import lanes
 from sglang_vlkv.kernels.ragged_attention.triton import RaggedIndices, ragged_extend
 from sglang_vlkv.kernels.selection import select_rows
 
@@ -219,26 +221,46 @@ class RaggedDeviceBackend:
             num_new: likewise, new tokens behind compacted rows.
         """
         pool, layers = self.token_to_kv_pool, self.token_to_kv_pool.layer_num
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=pool.device)
-
-        num_q_heads, q_dtype = self._queries
         for n in num_keys:
-            q, slots = zeros(16, num_q_heads, pool.head_dim, dtype=q_dtype), zeros(n)
+            q, slots = self._zero_queries(16), self._zeros(n)
             for reduce in ("sum", "max"):
                 post_vision_scores(q, pool.get_key_buffer(0), 1.0, reduce=reduce, slots=slots)
-            scores = zeros(layers, pool.head_num, n, dtype=torch.float32)
+            scores = self._zeros(layers, pool.head_num, n, dtype=torch.float32)
             kept = select_rows(scores, scores.to(torch.int8), [1] * layers)
-            rows = gather_rows(pool.k_cells, pool.v_cells, slots.long(), kept, [1] * layers, 0)
-        scatter_rows(pool.k_cells, pool.v_cells, zeros(1), rows[:, :1])
+            for merge in (False, True):
+                prompt = pool.k_cells, pool.v_cells, slots.long(), kept, [1] * layers
+                rows = gather_rows(*prompt, pool.cells_per_layer, merge=merge)
+        scatter_rows(pool.k_cells, pool.v_cells, self._zeros(rows.shape[1]), rows)
         for count in num_new:
             ends = [0, count]
             lists = torch.tensor([ends] * (layers + 1), dtype=torch.int32, device=pool.device)
             self.plan_extend([count], [[count] * layers])
-            q = zeros(count, num_q_heads, pool.head_dim, dtype=q_dtype)
-            extends = Extends(lists[0], lists[1:], zeros(count), count)
+            q = self._zero_queries(count)
+            extends = Extends(lists[0], lists[1:], self._zeros(count), count)
             self.extend(0, q, extends, 1.0, torch.empty_like(q))
+        self._warm_up_decode()
+
+    def _warm_up_decode(self) -> None:
+        """Steps of more requests than CUDA graphs were captured of, one for each number of lanes."""
+        pool, most, size = self.token_to_kv_pool, self._indices.max_requests, 1
+        while size <= most:
+            size = min(lanes(size), most)
+            batch = SimpleNamespace(
+                req_pool_indices=self._zeros(size, dtype=torch.int64),
+                seq_lens=self._zeros(size, dtype=torch.int64) + 1,
+            )
+            lists = self._build(self._indices, batch)
+            self._kernel.plan(lists[0])
+            q = self._zero_queries(size)
+            self._kernel.run(0, q, pool.k_cells, pool.v_cells, *lists, 1.0, torch.empty_like(q))
+            size += 1
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.token_to_kv_pool.device)
+
+    def _zero_queries(self, count: int) -> torch.Tensor:
+        num_q_heads, dtype = self._queries
+        return self._zeros(count, num_q_heads, self.token_to_kv_pool.head_dim, dtype=dtype)
 
     # ---- Attention ----
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 
 from sglang_vlkv.observe import publisher
 from sglang_vlkv.options import config
 from sglang_vlkv.options.backends import ATTENTION, BACKENDS, OTHERS_OF_HARDWARE, RADIX_CACHE, takes
 
 logger = logging.getLogger(__name__)
+
+MOST_TIMES, MOST_CAPTURED = 4, 1024  # of SGLang's largest captured batch, and requests in ours
 
 
 def add_flags(_result, parser) -> None:
@@ -42,8 +45,41 @@ def register_resolution() -> None:
     """Adds our part to the resolution of server arguments, which runs before anything loads."""
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
+    register_resolution_hook("handle_gpu_memory_settings")(_capture_larger_batches)
     register_resolution_hook("handle_attention_backend_compatibility")(_choose_attention_backend)
     register_resolution_hook("handle_other_validations")(_validate)
+
+
+def _capture_larger_batches(server_args, previous) -> None:
+    """Compaction makes room for more requests than SGLang captures decode steps for.
+
+    As many times its default as the budget has room for, at most :data:`MOST_TIMES`, and at most
+    :data:`MOST_CAPTURED` and ``--max-running-requests``; only where the operator chose neither the
+    sizes nor the memory, which then grows with them.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    settings, cfg = config.settings_of(server_args), resolving_view(server_args)
+    graphs = cfg.cuda_graph_config
+    chosen = {(Phase.DECODE, "max_bs"), (Phase.DECODE, "bs")} & server_args._cuda_graph_config_locked
+    if (
+        settings is not None
+        and cfg.device == "cuda"
+        and graphs.decode.backend != Backend.DISABLED
+        and cfg.mem_fraction_static is None
+        and not chosen
+    ):
+        trial = copy(server_args)
+        trial._resolved_overrides = list(server_args._resolved_overrides)
+        previous(trial)
+        default = resolving_view(trial).cuda_graph_config.decode.max_bs
+        times = min(MOST_TIMES, int(1 / settings.policy.budget))
+        raised = min(default * times, MOST_CAPTURED, cfg.max_running_requests or MOST_CAPTURED)
+        if raised > default:
+            graphs = with_phase(graphs, Phase.DECODE, max_bs=raised)
+            declare_resolution(server_args, "sglang_vlkv", cuda_graph_config=graphs)
+    previous(server_args)
 
 
 def _choose_attention_backend(server_args, previous) -> None:
