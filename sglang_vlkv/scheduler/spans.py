@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,9 +67,12 @@ def visual_spans(req: Req) -> list[dict]:
     for items in alike.values():
         positions = torch.stack([holds(req, item, ids) for item in items]).any(0).nonzero().flatten()
         for item, own in zip(items, positions.tensor_split(len(items))):
-            if len(own):
-                modality = MODALITIES[item.modality].name.lower()
-                found.append({"modality": modality, "spans": _runs(own), "grid": _grid(item, len(own))})
+            modality = MODALITIES[item.modality].name.lower()
+            grids = _grids(item, len(own))
+            sizes = [math.prod(grid) for grid in grids] or [len(own)]
+            for grid, part in zip(grids or [None], own.split(sizes), strict=True):
+                if len(part):
+                    found.append({"modality": modality, "spans": _runs(part), "grid": grid})
     return sorted(found, key=lambda one: one["spans"][0])
 
 
@@ -79,14 +82,18 @@ def _runs(positions: torch.Tensor) -> list[list[int]]:
     return [[int(run[0]), int(run[-1]) + 1] for run in positions.tensor_split(breaks)]
 
 
-def _grid(item: MultimodalDataItem, num_tokens: int) -> list[int] | None:
+def _grids(item: MultimodalDataItem, num_tokens: int) -> list[list[int]]:
+    """How the ``num_tokens`` of each picture in an item lie; several pictures may come as one, embedded
+    already. Empty where the model does not state it."""
     stated = next((data for name in _GRIDS if (data := item.model_specific_data.get(name)) is not None), ())
-    patches = torch.as_tensor(stated).flatten().tolist()
-    if len(patches) != 3:  # none, or those of several pictures
-        return None
-    time, height, width = patches
-    merge = isqrt(time * height * width // num_tokens)
-    if not merge or height % merge or width % merge:
-        return None
-    grid = [time, height // merge, width // merge]
-    return grid if grid[0] * grid[1] * grid[2] == num_tokens else None
+    patches = torch.as_tensor(stated)
+    if not num_tokens or not patches.numel() or patches.shape[-1] != 3:
+        return []
+    patches = patches.view(-1, 3).tolist()
+    if any(side < 1 for picture in patches for side in picture):
+        return []
+    merge = math.isqrt(sum(map(math.prod, patches)) // num_tokens)
+    if not merge or any(height % merge or width % merge for _, height, width in patches):
+        return []
+    grids = [[time, height // merge, width // merge] for time, height, width in patches]
+    return grids if sum(map(math.prod, grids)) == num_tokens else []
