@@ -44,8 +44,8 @@ def number(words: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
     return read
 
 
-positive = number("a number above 0", lambda value: value > 0)
-not_negative = number("a number of at least 0", lambda value: value >= 0)
+positive = number("a finite number above 0", lambda value: value > 0)
+not_negative = number("a finite number of at least 0", lambda value: value >= 0)
 share = number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
 port = whole(1, 65_535)
 
