@@ -8,14 +8,17 @@ step. The second workload shows where nothing is gained: prompts too short to be
 
 from __future__ import annotations
 
-import argparse
 import re
+import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from benchmarks import common
 from benchmarks.common import Row
+from sglang_vlkv.commands import values
+from sglang_vlkv.commands.door import Parser, command
 from tests.serving import CHECKPOINT, Server
 
 BUDGET = 0.1
@@ -140,13 +143,14 @@ def run(workloads: dict, clients: int, max_new_tokens: int, rounds: int) -> dict
     return record
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("python -m benchmarks.capacity", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few requests, short answers: a smoke test")
-    parser.add_argument("--clients", type=int, default=24)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3, help="bursts per row and workload")
-    args = parser.parse_args()
+    parser.add_argument("--clients", type=values.whole(), default=24)
+    parser.add_argument("--max-new-tokens", type=values.whole(2), default=128)
+    parser.add_argument("--rounds", type=values.whole(), default=3, help="bursts per row and workload")
+    args = parser.parse_args(arguments)
     if args.quick:
         record = run(WORKLOADS, clients=12, max_new_tokens=48, rounds=1)
     else:
@@ -156,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

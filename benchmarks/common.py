@@ -21,6 +21,7 @@ import psutil
 import requests
 from PIL import Image
 
+from sglang_vlkv.commands import Problem
 from tests.serving import LEAK_CHECKS, ROOT, Server
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,11 +72,11 @@ def serve(row: Row, *flags: str, model: Path | str, gib: float) -> Server:
         gib: memory that it will need at its peak.
 
     Raises:
-        MemoryError: less is available; without swap a machine stalls for minutes before it kills.
+        Problem: less is available; without swap a machine stalls for minutes before it kills.
     """
     available = psutil.virtual_memory().available / 2**30
     if available < gib:
-        raise MemoryError(f"{available:.1f} GiB of memory are available; this benchmark needs {gib:.0f}")
+        raise Problem(f"{available:.1f} GiB of memory are available; this benchmark needs {gib:.0f}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
     # What is free when SGLang measures it is not what this needs; --max-total-tokens sizes the pool.
     shared = (*flags, "--mem-fraction-static", "0.9")

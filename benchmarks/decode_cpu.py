@@ -12,10 +12,11 @@ compaction are also timed alone, outside SGLang, on random tensors of the same s
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import tempfile
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,8 @@ import torch
 
 from benchmarks import common, narrow
 from benchmarks.common import Row, Streamed
+from sglang_vlkv.commands import values
+from sglang_vlkv.commands.door import Parser, command
 from sglang_vlkv.kernels.compaction import gather_rows, scatter_rows
 from sglang_vlkv.options.config import build_policy
 from sglang_vlkv.stages.layer import Layer, Rows
@@ -176,13 +179,14 @@ def run(prompts: dict, rounds: int, max_new_tokens: int, dtype: str) -> dict:
     return record
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("python -m benchmarks.decode_cpu", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short prompts, one round: a smoke test")
-    parser.add_argument("--rounds", type=int, default=3, help="cold requests per row and prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=values.whole(), default=3, help="cold requests per row and prompt")
+    parser.add_argument("--max-new-tokens", type=values.whole(2), default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.quick:
         record = run(QUICK_PROMPTS, rounds=1, max_new_tokens=16, dtype=args.dtype)
     else:
@@ -196,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

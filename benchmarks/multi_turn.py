@@ -28,12 +28,13 @@ they share is found, where a policy lets prompt tokens vote, which are always co
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
+import sys
 import tempfile
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,8 @@ import requests
 from benchmarks import common, narrow
 from benchmarks.common import ROOT, Row
 from benchmarks.decode_cpu import SHAPE
+from sglang_vlkv.commands import values
+from sglang_vlkv.commands.door import Parser, command
 from sglang_vlkv.tinyvlm.build import build
 from tests.prompts import CLIP, words
 from tests.serving import Server, data_url
@@ -472,17 +475,18 @@ def run(rows: dict[str, Row], flags: list[str], rounds: int, workload: Workload)
     return record | {"goals": goals(results, shared)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("python -m benchmarks.multi_turn", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rows, few conversations: a smoke test")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help=f"in any case {STOCK}")
     parser.add_argument("--flag", action="append", default=[], help="for every server, as --flag=--NAME")
-    parser.add_argument("--conversations", type=int, default=12)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--arrival", type=float, default=2.0, help="seconds between first messages")
-    parser.add_argument("--think", type=float, default=15.0, help="mean seconds before the others")
-    parser.add_argument("--rounds", type=int, default=1, help="other conversations in each")
-    args = parser.parse_args()
+    parser.add_argument("--conversations", type=values.whole(), default=12)
+    parser.add_argument("--turns", type=values.whole(2), default=4)
+    parser.add_argument("--arrival", type=values.positive, default=2.0, help="seconds between first messages")
+    parser.add_argument("--think", type=values.positive, default=15.0, help="mean seconds before the others")
+    parser.add_argument("--rounds", type=values.whole(), default=1, help="other conversations in each")
+    args = parser.parse_args(arguments)
     names = [STOCK, *(QUICK_ROWS if args.quick else args.rows)]
     rows = {name: row for name, row in ROWS.items() if name in names}
     if args.quick:
@@ -499,4 +503,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

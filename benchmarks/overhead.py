@@ -10,12 +10,13 @@ has next to no attention: what is left there is the scheduler, the tokenizer pro
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
+import sys
 import tempfile
 import time
+from argparse import RawDescriptionHelpFormatter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Row
+from sglang_vlkv.commands import values
+from sglang_vlkv.commands.door import Parser, command
 from sglang_vlkv.tinyvlm import build
 from tests.serving import SMALL_SERVER, Server
 
@@ -174,12 +177,12 @@ def table(results: dict) -> str:
     return common.table(["against stock; more is better", *values], lines)
 
 
-def main() -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("python -m benchmarks.overhead", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds of few requests: a smoke test")
-    parser.add_argument("--rounds", type=int, default=10)
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=values.whole(), default=10)
+    args = parser.parse_args(arguments)
     workloads = WORKLOADS
     if args.quick:
         workloads = {name: w._replace(requests=w.requests // 4) for name, w in WORKLOADS.items()}
@@ -189,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

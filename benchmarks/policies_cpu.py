@@ -9,13 +9,16 @@ every layer after the last output token.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from benchmarks import common, narrow
 from benchmarks.common import Row
 from benchmarks.decode_cpu import QUESTION, ROWS, SHAPE, STOCK
+from sglang_vlkv.commands import values
+from sglang_vlkv.commands.door import Parser, command
 from sglang_vlkv.policies import policies
 from sglang_vlkv.tinyvlm.build import build
 from tests.serving import Server
@@ -99,12 +102,13 @@ def table(rows: dict) -> str:
     return common.table(header, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser("python -m benchmarks.policies_cpu", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round: a smoke test")
-    parser.add_argument("--rounds", type=int, default=5, help="cold requests per row and prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=values.whole(), default=5, help="cold requests per row and prompt")
+    parser.add_argument("--max-new-tokens", type=values.whole(2), default=64)
+    args = parser.parse_args(arguments)
     record = run(1 if args.quick else args.rounds, args.max_new_tokens)
     path = common.save("policies_cpu_quick" if args.quick else "policies_cpu", record)
     for prompt, rows in record["results"].items():
@@ -113,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,10 +7,13 @@ SGLang itself does not install on x86.
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.commands.door import Parser, command
 from sglang_vlkv.tinyvlm import tasks
 
 CLIP_SIDE = 224  # pixels
@@ -61,12 +64,17 @@ def write_mp4(path: Path, frames: list[Image.Image], fps: int) -> None:
         container.mux(stream.encode())
 
 
-def main() -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
+    Parser("python -m examples.make_media", description=__doc__).parse_args(arguments)
     here = Path(__file__).parent
     [picture] = tasks.draw("multi", seed=5).images
     picture.save(here / "digits.png", optimize=True)
-    write_mp4(here / "clip.mp4", clip(), CLIP_FPS)
+    try:
+        write_mp4(here / "clip.mp4", clip(), CLIP_FPS)
+    except ImportError as error:
+        raise Problem("The clip needs PyAV: pip install av==16.1.0") from error
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,11 @@ from typing import Callable
 
 import torch
 
-from sglang_vlkv.tinyvlm import build
+from sglang_vlkv.tinyvlm import checkpoint as files
+from sglang_vlkv.tinyvlm import tokenizer, weights
+from sglang_vlkv.tinyvlm.checkpoint import write_weights
+from sglang_vlkv.tinyvlm.tokenizer import SPECIAL_TOKENS, write_json, write_tokenizer
+from sglang_vlkv.tinyvlm.weights import Sampler, language_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,7 +104,7 @@ def decoder_config(family: Family, **more) -> dict:
 
 def decoder_weights(family: Family, prefix: str = "", **options) -> dict[str, torch.Tensor]:
     q_dim, kv_dim = family.hidden, family.kv_heads * family.head_dim
-    weights = build.language_weights(
+    weights = language_weights(
         0, LAYERS, family.hidden, q_dim, kv_dim, 256, 3.0, vocab_size=family.vocab_size, **options
     )
     return {prefix + name: weight for name, weight in weights.items()}
@@ -108,7 +112,7 @@ def decoder_weights(family: Family, prefix: str = "", **options) -> dict[str, to
 
 def vision_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Random weights for a vision tower and its projector, by what their names say they are."""
-    sample = build.Sampler(0)
+    sample = Sampler(0)
 
     def weight_of(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name.endswith("bias"):
@@ -171,7 +175,7 @@ def write_qwen3_vl(directory: Path, _final: Path, family: Family) -> None:
             "deepstack_visual_indexes": [0, 1],
         },
     }
-    build.write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     area = 32 * 32
     common = {
         "processor_class": "Qwen3VLProcessor",
@@ -182,14 +186,14 @@ def write_qwen3_vl(directory: Path, _final: Path, family: Family) -> None:
     } | NORMALISE
     image = {"image_processor_type": "Qwen2VLImageProcessorFast"} | common
     video = {"video_processor_type": "Qwen3VLVideoProcessor"} | common
-    build.write_json(directory / "preprocessor_config.json", image)
-    build.write_json(directory / "video_preprocessor_config.json", video)
+    write_json(directory / "preprocessor_config.json", image)
+    write_json(directory / "video_preprocessor_config.json", video)
     visual = shapes_of(Qwen3VLVisionModel, Qwen3VLConfig(**config).vision_config, "model.visual.")
     decoder = decoder_weights(family, bias=False, norm_dim=family.head_dim)
     decoder = {
         name.replace("model.", "model.language_model.", 1): weight for name, weight in decoder.items()
     }
-    build.write_weights(directory / "model.safetensors", vision_weights(visual) | decoder, "bfloat16")
+    write_weights(directory / "model.safetensors", vision_weights(visual) | decoder, "bfloat16")
 
 
 # LLaVA in its authors' layout, which SGLang serves: the vision tower is a checkpoint of its own.
@@ -218,9 +222,9 @@ def write_llava(
     if tower == "siglip":
         vision["vision_use_head"] = False
     (directory / tower).mkdir()
-    build.write_json(directory / tower / "config.json", vision)
+    write_json(directory / tower / "config.json", vision)
     shapes = shapes_of(model_class, config_class(**vision))
-    build.write_weights(directory / tower / "model.safetensors", vision_weights(shapes), "float16")
+    write_weights(directory / tower / "model.safetensors", vision_weights(shapes), "float16")
     config = decoder_config(
         family,
         architectures=[architecture],
@@ -235,7 +239,7 @@ def write_llava(
         projector_hidden_act="gelu",
         **settings,
     )
-    build.write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     edges = {"height": size, "width": size}
     processor = {
         "processor_class": "LlavaProcessor",
@@ -245,8 +249,8 @@ def write_llava(
     } | NORMALISE
     if tower == "clip":
         processor |= {"do_center_crop": True, "crop_size": edges}
-    build.write_json(directory / "preprocessor_config.json", processor)
-    build.write_json(
+    write_json(directory / "preprocessor_config.json", processor)
+    write_json(
         directory / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
@@ -264,7 +268,7 @@ def write_llava(
     if "unpad" in settings.get("mm_patch_merge_type", ""):
         projector["model.image_newline"] = (family.hidden,)
     weights = decoder_weights(family, bias=bias) | vision_weights(projector)
-    build.write_weights(directory / "model.safetensors", weights, "float16")
+    write_weights(directory / "model.safetensors", weights, "float16")
 
 
 def write_llava_1_5(directory: Path, final: Path, family: Family) -> None:
@@ -334,7 +338,7 @@ def write_internvl(directory: Path, _final: Path, family: Family) -> None:
             "hidden_act": "gelu",
         },
     }
-    build.write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     dim, mlp = VISION_HIDDEN, VISION_INTERMEDIATE
     shapes = {
         "vision_model.embeddings.class_embedding": (1, 1, dim),
@@ -362,7 +366,7 @@ def write_internvl(directory: Path, _final: Path, family: Family) -> None:
             shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
         shapes |= {f"{block}.ls1": (dim,), f"{block}.ls2": (dim,)}
     weights = vision_weights(shapes) | decoder_weights(family, "language_model.")
-    build.write_weights(directory / "model.safetensors", weights, "bfloat16")
+    write_weights(directory / "model.safetensors", weights, "bfloat16")
 
 
 LLAVA = ("--dtype", "float16")  # SGLang's LLaVA computes its pictures in float16 and converts nothing
@@ -370,7 +374,7 @@ CHAT_ML_TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 FAMILIES = {
     "qwen3-vl": Family(
         heads=4, kv_heads=2, head_dim=128,
-        special_tokens=build.SPECIAL_TOKENS, end="<|im_end|>", turn=CHAT_ML_TURN,
+        special_tokens=SPECIAL_TOKENS, end="<|im_end|>", turn=CHAT_ML_TURN,
         image="<|vision_start|><|image_pad|><|vision_end|>",
         video="<|vision_start|><|video_pad|><|vision_end|>",
         opens="<|vision_start|>", closes="<|vision_end|>", closes_video="<|vision_end|><|vision_end|>",
@@ -408,12 +412,12 @@ def write(name: str, directory: Path, final: Path | None = None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     family.write(directory, (final or directory).resolve(), family)
     end = family.id_of(family.end)
-    build.write_json(
+    write_json(
         directory / "generation_config.json",
         {"eos_token_id": end, "pad_token_id": 256, "do_sample": False},
     )
     settings = {"processor_class": family.processor} if family.processor else {}
-    build.write_tokenizer(
+    write_tokenizer(
         directory,
         family.special_tokens,
         chat_template(family),
@@ -445,7 +449,7 @@ def chat_template(family: Family) -> str:
 
 def checkpoint(name: str) -> Path:
     """A family's checkpoint, written once per version of this file."""
-    source = inspect.getsource(build) + Path(__file__).read_text()
+    source = "".join(map(inspect.getsource, (files, tokenizer, weights))) + Path(__file__).read_text()
     version = hashlib.sha256(source.encode()).hexdigest()[:12]
     path = ROOT / ".cache" / f"{name}-{version}"
     if not path.exists():

@@ -17,7 +17,7 @@ from benchmarks.fidelity.metrics import Answer
 from sglang_vlkv.options.config import build_settings
 from sglang_vlkv.policies import policies
 from sglang_vlkv.stages.prompt import num_tokens
-from sglang_vlkv.tinyvlm import train
+from sglang_vlkv.tinyvlm.evaluation import EVALUATION_SEEDS
 from tests.serving import ROOT
 
 LAYERS = 4
@@ -25,7 +25,7 @@ LAYERS = 4
 
 def test_seed_ranges_are_disjoint_and_below_those_of_training():
     ranges = [questions.TUNING_SEEDS, questions.REPORT_SEEDS]
-    assert ranges[0].stop <= ranges[1].start and ranges[1].stop <= 1_000_000 <= train.EVALUATION_SEEDS
+    assert ranges[0].stop <= ranges[1].start and ranges[1].stop <= 1_000_000 <= EVALUATION_SEEDS
     assert parse([]).out != parse(["--quick"]).out
 
 

@@ -15,7 +15,7 @@ from sglang_vlkv.stages.layer import LayerScores
 from sglang_vlkv.stages.pictures import own_rows, split
 from sglang_vlkv.stages.prompt import Modality, Prompt
 from sglang_vlkv.stages.select import select
-from tests.conversation import Conversation, evict_exact_kv
+from tests.conversation import Conversation
 from tests.prompts import CLIP, picture
 from tests.serving import POSITIONS, ROOT, Server, report
 

@@ -8,12 +8,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from sglang_vlkv.tinyvlm import ask, build, tasks, train
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.tinyvlm import ask, lessons, packing, tasks
+from sglang_vlkv.tinyvlm.checkpoint import model_config, write_checkpoint
+from sglang_vlkv.tinyvlm.start import WORDS, initial_model
+from sglang_vlkv.tinyvlm.tokenizer import vocab_size
 
 SMALL = dict(
     num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, hidden_size=128, intermediate_size=96,
     max_position_embeddings=4096, mrope_section=[2, 3, 11], rope_theta=300.0,
-    vocab_size=build.vocab_size(train.WORDS), tie_word_embeddings=True,
+    vocab_size=vocab_size(WORDS), tie_word_embeddings=True,
 )  # fmt: skip
 
 
@@ -21,16 +25,16 @@ def checkpoint(path, vision: str):
     """A small random model in ``path``, in float32, with biases and norms that matter."""
     local = vision == "local"
     window_size, full_attention_blocks = (28, ()) if local else (112, (1,))
-    config = build.model_config(
+    config = model_config(
         **SMALL, window_size=window_size, full_attention_blocks=full_attention_blocks, dtype="float32"
     )
-    model = train.initial_model(config, seed=3)
+    model = initial_model(config, seed=3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
-    build.write_checkpoint(path, config, model.state_dict(), train.WORDS)
-    return model, train.Packer(Tokenizer.from_file(str(path / "tokenizer.json")))
+    write_checkpoint(path, config, model.state_dict(), WORDS)
+    return model, packing.Packer(Tokenizer.from_file(str(path / "tokenizer.json")))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ def test_unknown_tasks_and_tiny_pictures_are_refused():
 def test_tokenizer(local):
     path, _, _ = local
     tokenizer = AutoProcessor.from_pretrained(path).tokenizer
-    for word in train.WORDS:
+    for word in WORDS:
         assert len(tokenizer.encode(word)) == 1, word
     for task in tasks.TASKS:
         for question in tasks.draw(task, 1).questions:
@@ -108,7 +112,7 @@ def test_tokenizer(local):
     text = "Ünïcode\n <|im_end|>\n12  reds"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("<|im_end|>a") == [258, ord("a")]
-    assert len(tokenizer) == build.vocab_size(train.WORDS)
+    assert len(tokenizer) == vocab_size(WORDS)
 
 
 @pytest.mark.parametrize("vision", ["local", "global"])
@@ -125,7 +129,7 @@ def test_training_forward_is_the_real_model(tmp_path, vision, task):
     grids = np.stack([np.stack(scene.grids) for scene in scenes])
     batch = packer.pack(grids, packed, video=task == "video")
     with torch.no_grad():
-        got, _ = train.predict(model, train.pixels(), batch, batch.mask)
+        got, _ = lessons.predict(model, lessons.pixels(), batch, batch.mask)
     for row, (seed, mine) in enumerate(zip((4, 5), packed)):
         sample = tasks.draw(task, seed, num_visual)
         messages = []
@@ -154,7 +158,7 @@ def test_training_forward_is_the_real_model(tmp_path, vision, task):
 def test_positions_are_those_of_sglang(video):
     from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
 
-    ids, positions = train.prefix_of([257, 10], (2, 3, 5), video)
+    ids, positions = packing.prefix_of([257, 10], (2, 3, 5), video)
     grid = torch.tensor([[2, 6, 10]] if video else [[1, 6, 10]] * 2)
     want, _ = MRotaryEmbedding.get_rope_index(
         spatial_merge_size=2, image_token_id=262, video_token_id=263, vision_start_token_id=259,
@@ -169,10 +173,10 @@ def test_hidden_cells_are_hidden_from_the_decoded_answer_only(local):
     _, model, packer = local
     scene, questions = tasks.lay_out("multi", 3, 8)
     batch = packer.pack(np.stack(scene.grids)[None], [[packer.turns(questions)]])
-    cells = train.pixels()
+    cells = lessons.pixels()
     with torch.no_grad():
-        full, _ = train.predict(model, cells, batch, batch.mask)
-        hidden, _ = train.predict(model, cells, batch, train.without(batch, batch.needed))
+        full, _ = lessons.predict(model, cells, batch, batch.mask)
+        hidden, _ = lessons.predict(model, cells, batch, lessons.without(batch, batch.needed))
     first = len(packer.turns(questions).ids) - int(batch.last.sum())
     torch.testing.assert_close(full[0, :first], hidden[0, :first])
     assert not torch.allclose(full[0, first:], hidden[0, first:], atol=1e-3)
@@ -197,15 +201,15 @@ def test_the_watched_head_should_see_the_cell_of_the_next_label(local, task):
 
 def test_training_steps_reduce_the_loss(local):
     _, _, packer = local
-    model = train.initial_model(build.model_config(**SMALL, window_size=28, full_attention_blocks=()), seed=0)
+    model = initial_model(model_config(**SMALL, window_size=28, full_attention_blocks=()), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch, mask, blind = train.training_batch(train.Training(0), 1, packer, small=True)
+    batch, mask, blind = lessons.training_batch(lessons.Training(0), 1, packer, small=True)
     losses = []
     for _ in range(3):
-        logits, _ = train.predict(model, train.pixels(), batch, mask)
-        loss = train.loss_of(logits, batch, blind, packer.digits)
+        logits, _ = lessons.predict(model, lessons.pixels(), batch, mask)
+        loss = lessons.loss_of(logits, batch, blind, packer.digits)
         optimizer.zero_grad()
-        (loss + train.alignment_loss(model, train.pixels(), packer)).backward()
+        (loss + lessons.alignment_loss(model, lessons.pixels(), packer)).backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
@@ -213,7 +217,7 @@ def test_training_steps_reduce_the_loss(local):
 
 def test_dropped_keys_are_never_needed_ones(local):
     _, _, packer = local
-    batch, mask, blind = train.training_batch(train.Training(0, drop_keys=True), 1, packer, small=False)
+    batch, mask, blind = lessons.training_batch(lessons.Training(0, drop_keys=True), 1, packer, small=False)
     gone = ~mask[:, :, : len(batch.visual)] & batch.last[:, :, None]
     assert not (gone & batch.needed)[~blind].any()
     assert (gone & ~batch.needed)[~blind].any() and (gone & batch.needed)[blind].any()
@@ -221,5 +225,6 @@ def test_dropped_keys_are_never_needed_ones(local):
 
 
 def test_the_client_says_that_no_server_is_there():
-    with pytest.raises(ask.Unreachable, match="make serve"):
-        ask.chat("http://127.0.0.1:9", [ask.user_message("red?", tasks.draw("single", 0).images)])
+    [picture] = tasks.draw("single", 0).images
+    with pytest.raises(Problem, match="make serve"):
+        ask.chat("http://127.0.0.1:9", [ask.user_message("red?", [ask.data_url(picture)])])

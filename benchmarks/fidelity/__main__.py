@@ -16,6 +16,8 @@ from benchmarks.fidelity import leaderboard, plots, run, statistics
 from benchmarks.fidelity.client import Client
 from benchmarks.fidelity.questions import REPORT_SEEDS, SIZED, TASKS, TUNING_SEEDS, own
 from benchmarks.fidelity.rows import FILLED, FROM_TWINS, FULL, REFERENCES, ROWS, custom_params
+from sglang_vlkv.commands import Problem, door, values
+from sglang_vlkv.commands.door import Parser
 from sglang_vlkv.options.config import build_settings
 
 QUICK = {
@@ -37,47 +39,48 @@ DEFAULT = {
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.fidelity", description=__doc__)
+    parser = Parser("python -m benchmarks.fidelity", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rows and questions; a smoke test")
     parser.add_argument("--checkpoints", nargs="+", metavar="NAME-OR-DIR", help="default: a b e d c")
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", choices=[FULL, *DEFAULT["rows"]], help="default: all"
     )
     parser.add_argument(
-        "--budgets", nargs="+", type=float, help="fractions; default: 0.01 to 1 on the first checkpoint, "
+        "--budgets", nargs="+", type=values.share, help="fractions; default: 0.01 to 1 on the first checkpoint, "
         "else 0.05, 0.1, 0.2, and fewer for rows with options",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, metavar="TASK",
         help=f"out of {', '.join(TASKS)}; default: all, those with @ on the first checkpoint only",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, help="per task and checkpoint; default: 10")
+    parser.add_argument("--samples", type=values.whole(), help="per task and checkpoint; default: 10")
     parser.add_argument("--tuning", action="store_true", help="questions that no table reports")
-    parser.add_argument("--url", help="a running server, in place of --checkpoints")
-    parser.add_argument("--questions", type=Path, metavar="JSONL", help="own questions, in place of --tasks")
-    parser.add_argument("--workers", type=int, default=16, help="requests at once; default: 16")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/fidelity")
+    parser.add_argument("--url", type=values.server, help="a running server, in place of --checkpoints")
+    parser.add_argument(
+        "--questions", type=values.file, metavar="JSONL", help="own questions, in place of --tasks"
+    )
+    parser.add_argument(
+        "--workers", type=values.whole(1, 1024), default=16, help="requests at once; default: 16"
+    )
+    parser.add_argument("--out", type=values.new_folder, help="default: benchmarks/results/fidelity")
     parser.add_argument("--resume", action="store_true", help="keep the records that are in --out")
     parser.add_argument("--render", action="store_true", help="only tables and plots, from --out's records")
     args = parser.parse_args(arguments)
     for name, value in (QUICK if args.quick else DEFAULT).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for budget in args.budgets or ():
-        if not 0 < budget <= 1:
-            parser.error(f"--budgets {budget} is not in (0, 1]; 0.1 is 10%")
     return args
 
 
 def check_rows(names: list[str]) -> None:
-    """Ends the program where a row has options that its policy does not know, before any server starts."""
+    """Raises Problem where a row has options that its policy does not know, before any server starts."""
     settings = build_settings("none", None, {"allow_override": True})
     for name in names:
         if name in ROWS:
             try:
                 settings.for_request(custom_params(ROWS[name], 0.1))
             except ValueError as error:
-                sys.exit(f"row {name!r} of benchmarks/fidelity/rows.py: {error}")
+                raise Problem(f"Row {name!r} of benchmarks/fidelity/rows.py: {error}.") from error
 
 
 def command(arguments: list[str]) -> str:
@@ -110,26 +113,39 @@ def write(folder: Path, record: dict, records: run.Records) -> None:
     (folder / "LEADERBOARD.md").write_text(leaderboard.render(record, pictures))
 
 
+def earlier(path: Path) -> dict:
+    """The record that an earlier run has left."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Problem(f"{path} holds no record to go on from: {error}.") from error
+
+
+@door.command
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped
     path = args.out / "fidelity.json"
-    before = json.loads(path.read_text()) if (args.resume or args.render) and path.exists() else None
+    before = earlier(path) if (args.resume or args.render) and path.exists() else None
     if args.render:
         if before is None:
-            sys.exit(f"{path} is not there: nothing to render")
+            raise Problem(f"{path} is not there: nothing to render.")
         records = run.Records(args.out, resume=True)
         write(args.out, before, records)
         records.pack()
         return
     if not args.url:
         check_rows(args.rows)
+        for checkpoint in args.checkpoints:
+            run.folder_of(checkpoint)
+    questions = own(args.questions) if args.questions else None
     first_seed = (TUNING_SEEDS if args.tuning else REPORT_SEEDS)[0]
     seeds = list(range(first_seed, first_seed + args.samples))
     record = context(arguments, args, seeds)
     if before:
         if before["tuning"] != args.tuning:
-            sys.exit(f"{path} holds {'tuning' if before['tuning'] else 'report'} seeds; use another --out")
+            kind = "tuning" if before["tuning"] else "report"
+            raise Problem(f"{path} holds {kind} seeds; use another --out.")
         last = {name: before[name] for name in ("date", "commit", "command", "versions", "flags")}
         record["resumed"] = [*before.get("resumed", []), last]
         record["policies"] = before.get("policies", {})
@@ -143,9 +159,8 @@ def main(arguments: list[str]) -> None:
             client = Client(args.url or server.url)
             info = client.info(twins=not args.questions and any(row in FROM_TWINS for row in args.rows))
             label = Path(info["model_path"]).name if args.url else Path(checkpoint).name
-            if args.questions:
-                prompts = own(args.questions)
-            else:
+            prompts = questions
+            if not questions:
                 tasks = args.tasks or [t for t in TASKS if number == 0 or t not in SIZED]
                 prompts = run.draw_all(tasks, seeds)
             progress = run.ask_all(
@@ -171,4 +186,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

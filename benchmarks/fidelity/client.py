@@ -9,6 +9,8 @@ import requests
 
 from benchmarks.fidelity.metrics import TOP, Answer
 from benchmarks.fidelity.questions import Prompt
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.commands.server import message
 from sglang_vlkv.options.config import PREFER
 
 NONE = {"kv_policy": "none"}
@@ -32,6 +34,21 @@ class Client:
             self._local.session = requests.Session()
         return self._local.session
 
+    def _asked(self, method: str, path: str, **options) -> dict:
+        """The JSON object of an answer."""
+        try:
+            response = self._session().request(method, self.url + path, **options)
+            said = response.json() if response.status_code == 200 else None
+        except requests.JSONDecodeError as error:
+            raise Problem(f"{self.url} does not answer as SGLang does.") from error
+        except requests.RequestException as error:
+            raise Problem(f"{self.url} does not answer ({type(error).__name__}).") from error
+        if response.status_code != 200:
+            raise Problem(f"{self.url} answers HTTP {response.status_code}: {message(response.content)}")
+        if not isinstance(said, dict):
+            raise Problem(f"{self.url} does not answer as SGLang does.")
+        return said
+
     def info(self, twins: bool = False) -> dict:
         """``/server_info``.
 
@@ -39,14 +56,12 @@ class Client:
             twins: whether turns are to be answered from twins.
 
         Raises:
-            RuntimeError: the server lets no request choose its policy, or prefers exact KV to twins.
+            Problem: no server answers, it lets no request choose its policy, or prefers exact KV to twins.
         """
-        response = self._session().get(self.url + "/server_info", timeout=60)
-        response.raise_for_status()
-        info = response.json()
+        info = self._asked("get", "/server_info", timeout=60)
         running = info.get("kv_policy") or {}
         if running.get("allow_override") is not True or (twins and running["twins"] != PREFER):
-            raise RuntimeError(
+            raise Problem(
                 f"{self.url} lets no request choose its policy, or answers no turn from twins. Start it "
                 'with --kv-policy none --kv-policy-config \'{"allow_override": true, "twins": "prefer"}\'.'
             )
@@ -59,10 +74,11 @@ class Client:
             salt: requests with others share no KV with this one.
 
         Raises:
-            RuntimeError: the server refused or failed.
+            Problem: the server refused or failed.
         """
-        response = self._session().post(
-            self.url + "/v1/chat/completions",
+        said = self._asked(
+            "post",
+            "/v1/chat/completions",
             json={
                 "model": "default",
                 "messages": prompt.messages,
@@ -79,9 +95,7 @@ class Client:
             },
             timeout=self._timeout,
         )
-        if response.status_code != 200:
-            raise RuntimeError(f"HTTP {response.status_code} for {custom_params}: {response.text[:1000]}")
-        choice = response.json()["choices"][0]
+        choice = said["choices"][0]
         meta = choice["meta_info"]
         rows, width = meta["output_top_logprobs_shape"]
         ids, logprobs = meta["output_top_logprobs_idx_flat"], meta["output_top_logprobs_val_flat"]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sglang_vlkv.commands import Problem
 from sglang_vlkv.tinyvlm import tasks
 from tests.serving import data_url
 
@@ -101,32 +102,39 @@ def own(path: Path) -> list[Prompt]:
     A line holds ``question``, ``answer`` (a string, or a list of accepted ones), ``image`` or
     ``images`` or ``video`` (paths relative to the file, or URLs), and may hold ``task``,
     ``max_tokens`` (32) and ``cells``, the visual tokens that the answer needs.
+
+    Raises:
+        Problem: names the line that holds something else.
     """
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines()):
-        if not line.strip():
-            continue
-        entry = json.loads(line)
-        images = entry.get("images") or ([entry["image"]] if "image" in entry else [])
-        content = [_part("image_url", _read(path.parent, image, "image/png")) for image in images]
-        if "video" in entry:
-            content.append(_part("video_url", _read(path.parent, entry["video"], "video/mp4")))
-        if not content:
-            raise ValueError(f"{path}:{number + 1} has neither image, images nor video")
-        content.append({"type": "text", "text": entry["question"]})
-        answers = entry["answer"] if isinstance(entry["answer"], list) else [entry["answer"]]
-        prompts.append(
-            Prompt(
-                entry.get("task", "questions"),
-                number,
-                [{"role": "user", "content": content}],
-                tuple(map(str, answers)),
-                tuple(entry["cells"]) if "cells" in entry else None,
-                int(entry.get("max_tokens", 32)),
-                drawn=False,
-            )
-        )
+    for number, line in enumerate(path.read_text(errors="replace").splitlines()):
+        try:
+            prompts += [_own(path, number, json.loads(line))] if line.strip() else []
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise Problem(f"{path}, line {number + 1}: {error!r} is wrong with this question.") from error
+    if not prompts:
+        raise Problem(f"{path} holds no question.")
     return prompts
+
+
+def _own(path: Path, number: int, entry: dict) -> Prompt:
+    images = entry.get("images") or ([entry["image"]] if "image" in entry else [])
+    content = [_part("image_url", _read(path.parent, image, "image/png")) for image in images]
+    if "video" in entry:
+        content.append(_part("video_url", _read(path.parent, entry["video"], "video/mp4")))
+    if not content:
+        raise ValueError("neither image, images nor video")
+    content.append({"type": "text", "text": entry["question"]})
+    answers = entry["answer"] if isinstance(entry["answer"], list) else [entry["answer"]]
+    return Prompt(
+        entry.get("task", "questions"),
+        number,
+        [{"role": "user", "content": content}],
+        tuple(map(str, answers)),
+        tuple(entry["cells"]) if "cells" in entry else None,
+        int(entry.get("max_tokens", 32)),
+        drawn=False,
+    )
 
 
 def _read(folder: Path, source: str, kind: str) -> str:

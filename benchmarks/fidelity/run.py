@@ -29,6 +29,7 @@ from benchmarks.fidelity.rows import (
     filled_params,
     reference_params,
 )
+from sglang_vlkv.commands import Problem
 from tests.serving import LEAK_CHECKS, Server
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -211,7 +212,8 @@ def ask_all(
     their twins, and their turns are asked one after another, all if one is lacking.
 
     Raises:
-        RuntimeError: the server refused or failed a request, or answered another row from a twin.
+        Problem: the server refused or failed a request.
+        RuntimeError: it answered another row from a twin.
     """
 
     def key(prompt: Prompt, job: Job) -> Key:
@@ -283,16 +285,21 @@ def draw_all(tasks: Iterable[str], seeds: Iterable[int]) -> list[Prompt]:
     return [prompt for seed in seeds for task in tasks for prompt in drawn(task, seed)]
 
 
-def serve(checkpoint: str) -> Server:
-    """A server whose requests choose their policy, for a ``with`` statement.
+def folder_of(checkpoint: str) -> Path:
+    """Of a name in ``checkpoints/``, or a directory.
 
-    Args:
-        checkpoint: a name in ``checkpoints/``, or a directory.
+    Raises:
+        Problem: there is none.
     """
     path = CHECKPOINTS / checkpoint if (CHECKPOINTS / checkpoint).is_dir() else Path(checkpoint)
     if not (path / "config.json").exists():
         known = ", ".join(sorted(p.name for p in CHECKPOINTS.glob("*") if p.is_dir())) or "none"
-        raise FileNotFoundError(
-            f"checkpoint {checkpoint!r} is no directory with a config.json; by name there are: {known}"
+        raise Problem(
+            f"checkpoint {checkpoint!r} is no directory with a config.json; by name there are: {known}."
         )
-    return Server(*FLAGS, model=path, env=ENVIRONMENT)
+    return path
+
+
+def serve(checkpoint: str) -> Server:
+    """A server of :func:`folder_of` whose requests choose their policy, for a ``with`` statement."""
+    return Server(*FLAGS, model=folder_of(checkpoint), env=ENVIRONMENT)

@@ -6,9 +6,12 @@ every policy it chooses what the full cache chooses.
 
 from __future__ import annotations
 
+import sys
+
 import sglang as sgl
 
-from examples.frontend.backend import PICTURE, connect
+from examples.frontend.backend import PICTURE, connect, served, shown
+from sglang_vlkv.commands.door import command
 
 
 @sgl.function
@@ -17,15 +20,17 @@ def choose(s, picture, colour, choices):
     s += sgl.assistant(f" the digit is {colour}" + sgl.select("choice", choices))
 
 
-def main() -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     digits = [str(digit) for digit in range(10)]
-    options = connect(__doc__, picture=str(PICTURE), colour="cyan", choices=digits)
+    options = connect(__doc__, arguments, picture=PICTURE, colour="cyan", choices=digits)
     choices = [f" {choice}" for choice in options.choices]
-    state = choose.run(options.picture, options.colour, choices, temperature=0, use_thread=False)
-    logprobs = state.get_meta_info("choice")["normalized_prompt_logprobs"]
+    with served():
+        state = choose.run(str(options.picture), options.colour, choices, temperature=0, use_thread=False)
+        logprobs = state.get_meta_info("choice")["normalized_prompt_logprobs"]
     for choice, logprob in sorted(zip(choices, logprobs), key=lambda pair: -pair[1]):
-        print(f"{'*' if choice == state['choice'] else ' '}{choice}  {logprob:.3f}")
+        print(f"{'*' if choice == state['choice'] else ' '}{shown(choice)}  {logprob:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

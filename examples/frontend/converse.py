@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import sglang as sgl
 
-from examples.frontend.backend import PICTURE, connect, report
+from examples.frontend.backend import PICTURE, connect, report, served, shown
+from sglang_vlkv.commands.door import command
 
 QUESTIONS = ["which digit is cyan?", "digits of green yellow orange?", "which digit is brown?"]
 
@@ -16,15 +19,17 @@ def converse(s, picture, questions):
         s += sgl.assistant(sgl.gen(f"answer {turn}", max_tokens=64))
 
 
-def main() -> None:
-    options = connect(__doc__, picture=str(PICTURE), questions=QUESTIONS)
-    state = converse.run(options.picture, options.questions, temperature=0, stream=True)
-    for turn, question in enumerate(options.questions):
-        print(f"> {question}")
-        for piece in state.text_iter(f"answer {turn}"):
-            print(piece, end="", flush=True)
-        print(f"\n  [{report(state, f'answer {turn}')}]")
+@command
+def main(arguments: list[str] | None = None) -> None:
+    options = connect(__doc__, arguments, picture=PICTURE, questions=QUESTIONS)
+    with served():
+        state = converse.run(str(options.picture), options.questions, temperature=0, stream=True)
+        for turn, question in enumerate(options.questions):
+            print(f"> {shown(question)}")
+            for piece in state.text_iter(f"answer {turn}"):
+                print(shown(piece), end="", flush=True)
+            print(f"\n  [{report(state, f'answer {turn}')}]")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,9 +6,12 @@ is compressed for it alone.
 
 from __future__ import annotations
 
+import sys
+
 import sglang as sgl
 
-from examples.frontend.backend import PICTURE, connect, report
+from examples.frontend.backend import PICTURE, connect, report, served, shown
+from sglang_vlkv.commands.door import command
 
 
 @sgl.function
@@ -23,13 +26,15 @@ def describe(s, picture, colours):
     s["reports"] = [report(fork, "answers") for fork in forks.states]
 
 
-def main() -> None:
-    options = connect(__doc__, picture=str(PICTURE), colours=["cyan", "green", "pink"])
-    state = describe.run(options.picture, options.colours, temperature=0, use_thread=False)
-    print(f"{state['listed']}\n  [{report(state, 'listed')}]")
+@command
+def main(arguments: list[str] | None = None) -> None:
+    options = connect(__doc__, arguments, picture=PICTURE, colours=["cyan", "green", "pink"])
+    with served():
+        state = describe.run(str(options.picture), options.colours, temperature=0, use_thread=False)
+        print(f"{shown(state['listed'])}\n  [{report(state, 'listed')}]")
     for answer, line in zip(state["answers"], state["reports"], strict=True):
-        print(f"{answer}\n  [{line}]")
+        print(f"{shown(answer)}\n  [{line}]")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,8 +6,9 @@ It keeps nothing: the page holds the conversation and sends all of it with every
 
 from __future__ import annotations
 
-import argparse
 import json
+import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response, Streami
 from fastapi.staticfiles import StaticFiles
 
 from examples.video_chat import client
+from sglang_vlkv.commands import Problem, values
+from sglang_vlkv.commands.door import Parser, command
+from sglang_vlkv.commands.server import DEFAULT
 
 HERE = Path(__file__).parent
 SAMPLES = {path.name: path for path in (HERE / "digits.mp4", HERE.parent / "digits.png")}
@@ -47,10 +51,11 @@ def create_app(server: str, max_mb: float = 64) -> FastAPI:
 
     @app.post("/chat")
     async def chat(request: Request) -> Response:
-        if int(request.headers.get("content-length", 0)) > max_bytes + WORDS:
+        body = await _body(request, max_bytes + WORDS)
+        if body is None:
             return PlainTextResponse(f"The conversation is over {max_mb:g} MB. Start a new one.", 413)
         try:
-            conversation = Conversation.model_validate_json(await request.body())
+            conversation = Conversation.model_validate_json(body)
         except pydantic.ValidationError as error:
             return PlainTextResponse(f"This is no conversation: {error}", 400)
         return StreamingResponse(_events(server, conversation), media_type="text/event-stream")
@@ -59,25 +64,46 @@ def create_app(server: str, max_mb: float = 64) -> FastAPI:
     return app
 
 
+async def _body(request: Request, most: int) -> bytes | None:
+    """The request's, or None where that is over ``most`` bytes, whether it says so before or not."""
+    data = bytearray()
+    if int(request.headers.get("content-length", 0)) <= most:
+        async for piece in request.stream():
+            data += piece
+            if len(data) > most:
+                return None
+        return bytes(data)
+    return None
+
+
 async def _events(server: str, conversation: Conversation) -> AsyncIterator[str]:
     """Server-sent events: what ``client.ask`` yields, or ``{"error": message}`` at the end."""
     try:
         async for event in client.ask(server, conversation.turns, custom_params=conversation.custom_params):
             yield f"data: {json.dumps(event)}\n\n"
-    except client.Problem as problem:
+    except Problem as problem:
         yield f"data: {json.dumps({'error': str(problem)})}\n\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="A page to talk about a video with a SGLang server.")
-    parser.add_argument("--server", default="http://127.0.0.1:30000", help="the SGLang server")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-mb", type=float, default=64, help="most media of a conversation, encoded")
-    arguments = parser.parse_args()
-    app = create_app(arguments.server.rstrip("/"), arguments.max_mb)
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
+@command
+def main(arguments: list[str] | None = None) -> None:
+    words = "A page to talk about a video with a SGLang server."
+    parser = Parser("python -m examples.video_chat.app", description=words)
+    add = parser.add_argument
+    add("--server", type=values.server, default=DEFAULT, help="the SGLang server")
+    add("--host", default="127.0.0.1")
+    add("--port", type=values.port, default=8000)
+    add("--max-mb", type=values.whole(1, 100_000), default=64, help="most media of a conversation, encoded")
+    options = parser.parse_args(arguments)
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        listener = socket.create_server((options.host, options.port), family=family)
+    except (OSError, UnicodeError) as error:
+        words = f"{options.host}, port {options.port}, cannot be listened on: {error}. Name others."
+        raise Problem(words) from error
+    app = create_app(options.server, options.max_mb)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,10 +6,13 @@ pictures get the same place in time, and only colours tell them apart.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.commands.door import Parser, command
 from sglang_vlkv.tinyvlm import tasks
 
 CLIP = Path(__file__).parent / "digits.mp4"
@@ -32,9 +35,14 @@ def digits(scene: tasks.Scene) -> dict[str, int]:
     return {tasks.NAMES[colour]: digit for colour, digit in scene.digits[0].items()}
 
 
-def main() -> None:
-    import torch
-    from torchcodec.encoders import VideoEncoder
+@command
+def main(arguments: list[str] | None = None) -> None:
+    Parser("python -m examples.video_chat.make_clip", description=__doc__).parse_args(arguments)
+    try:
+        import torch
+        from torchcodec.encoders import VideoEncoder
+    except (ImportError, RuntimeError, OSError) as error:
+        raise Problem("The clip needs torchcodec, and the libraries of FFmpeg.") from error
 
     pictures = [tasks.paint(scene.grids[0]) for scene in scenes()]
     frames = np.stack([np.asarray(picture) for picture in pictures for _ in range(FPS)])
@@ -45,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

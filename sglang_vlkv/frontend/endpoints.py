@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 
 from sglang_vlkv.frontend import drafting, routes
 from sglang_vlkv.options import config
+from sglang_vlkv.printable import printable
 from sglang_vlkv.scheduler.report import KEY, OPTION, POSITIONS
 from sglang_vlkv.stages.options import shortened
 
@@ -23,7 +24,7 @@ def check(custom: object, server_args) -> None:
         raise ValueError(f"{FIELD} is {shortened(custom)}; it must be an object")
     unknown = [key for key in custom if str(key).startswith("kv_") and key not in _KEYS]
     if unknown:
-        raise ValueError(f"{FIELD}.{unknown[0][:200]} is unknown; known are {', '.join(_KEYS)}")
+        raise ValueError(f"{FIELD}.{printable(unknown[0])[:200]} is unknown; known are {', '.join(_KEYS)}")
     if OPTION in custom and custom[OPTION] != POSITIONS:
         words = f"{FIELD}.{OPTION} is {shortened(custom[OPTION])}"
         raise ValueError(f"{words}; the only value it takes is {POSITIONS!r}")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from typing import NamedTuple
 
 import numpy as np
 
-from sglang_vlkv.inspect import Problem
-from sglang_vlkv.inspect.media import Medium
-
-TIMEOUT = 600.0  # seconds
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.commands.media import Medium
+from sglang_vlkv.commands.server import post
+from sglang_vlkv.commands.shapes import fits
+from sglang_vlkv.inspect.heat import unreadable
 
 
 class Answer(NamedTuple):
@@ -41,7 +38,7 @@ def ask(
         custom: the policy that the request chooses, as ``custom_params``; the server's where empty.
 
     Raises:
-        Problem: nobody answers, the server refuses, or it reports nothing.
+        Problem: nobody answers, the server refuses, or it reports nothing that can be read.
     """
     content = [*(medium.part for medium in media), {"type": "text", "text": question}]
     body = {
@@ -49,19 +46,18 @@ def ask(
         "temperature": 0, "return_meta_info": True, "return_prompt_token_ids": True,
         "custom_params": {"kv_report": "positions"} | custom,
     }  # fmt: skip
-    said = _post(url, "/v1/chat/completions", body, api_key)
+    said = post(url, "/v1/chat/completions", body, api_key)
     try:
         choice = said["choices"][0]
         report = (choice.get("meta_info") or {}).get("kv_policy")
         text, ids = choice["message"]["content"] or "", choice["prompt_token_ids"]
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise Problem(f"{url} does not answer as SGLang does: {str(said)[:300]}") from error
     if report is None:
         raise Problem(f"{url} reports nothing about its KV cache; start it with --kv-policy.")
-    tokens = []
-    if "positions" in report:
-        tokens = _texts(url, expanded(ids, report), report, api_key)
-    return Answer(question, text, report, tokens)
+    if (field := unreadable(report)) is not None or not fits(ids, list[int]) or not fits(text, str):
+        raise Problem(f"{url} reports on its KV cache as no version does that this one reads: {field or 'ids'}.")
+    return Answer(question, text, report, _texts(url, expanded(ids, report), report, api_key))
 
 
 def expanded(ids: list[int], report: dict) -> list[int]:
@@ -95,33 +91,8 @@ def _texts(url: str, ids: list[int], report: dict, api_key: str) -> list[str]:
 
 def _decoded(url: str, ids: list[list[int]], api_key: str) -> list[str]:
     """The text of each list of ids."""
-    return _post(url, "/detokenize", {"tokens": ids, "skip_special_tokens": False}, api_key)["text"]
-
-
-def _post(url: str, path: str, body: dict, api_key: str) -> dict:
-    headers = {"Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    try:
-        request = urllib.request.Request(url.rstrip("/") + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise Problem(f"{url} answers HTTP {error.code}: {_message(error.read())}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)  # a URLError wraps what went wrong
-        raise Problem(f"No server answers at {url} ({reason}).") from error
-    except ValueError as error:
-        raise Problem(f"{url} does not answer as SGLang does: {error}.") from error
-
-
-def _message(body: bytes) -> str:
-    """What a refusal says."""
-    text = body.decode(errors="replace")
-    try:
-        said = json.loads(text)
-    except ValueError:
-        return text[:1000]
-    if isinstance(said, dict):
-        said = said.get("error", said)
-    return str(said["message"] if isinstance(said, dict) and "message" in said else said)[:1000]
+    said = post(url, "/detokenize", {"tokens": ids, "skip_special_tokens": False}, api_key)
+    texts = said.get("text") if isinstance(said, dict) else None
+    if not fits(texts, list[str]) or len(texts) != len(ids):
+        raise Problem(f"{url} does not answer as SGLang does: {str(said)[:300]}")
+    return texts

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sglang_vlkv.inspect.heat import DARK, colours
+from sglang_vlkv.printable import printable
 
 WIDTH, GAP = 1504, 24  # pixels: of the whole drawing, and between its blocks
 LARGE, NORMAL, SMALL = 36, 26, 22  # font sizes
@@ -24,7 +25,7 @@ def blank(width: int, height: int) -> Image.Image:
 def paragraph(text: str, font: ImageFont.FreeTypeFont, colour: str = INK) -> Image.Image:
     """Wrapped at white space, and within words that are longer than a line."""
     lines, line = [], ""
-    for word in text.split():
+    for word in map(printable, text.split()):
         while font.getlength(word) > WIDTH:
             fits = next(end for end in range(len(word), 0, -1) if font.getlength(word[:end]) <= WIDTH)
             lines += [line] * bool(line) + [word[:fits]]

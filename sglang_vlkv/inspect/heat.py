@@ -1,12 +1,16 @@
-"""What a report says about every position of the prompt, and its colours; numpy alone."""
+"""What a report says about every position of the prompt, and its colours."""
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from sglang_vlkv.commands.shapes import lacks
+from sglang_vlkv.printable import printable
 
 TINT = 0.5  # how much of a kept token's colour is the heat's, inside its frame
 FRAME = 12  # a cell of so many pixels has a frame of one
@@ -45,24 +49,65 @@ class Visual(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.modality} {self.number}"
+        return f"{printable(self.modality)} {self.number}"
+
+
+MOST_TOKENS = 2**24  # of a prompt that is drawn
+_ALWAYS = {"policy": str, "prompt_tokens": int, "visual": list[dict]}
+_COMPACTED = {
+    "budget": float, "config": str, "positions": list[list[list[int]]], "kept_per_layer": list[int],
+    "sparsity_per_layer": list[float] | None, "kept_bytes": int, "full_bytes": int,
+}  # fmt: skip
+_VISUAL = {"modality": str, "spans": list[list[int]], "grid": list[int] | None}
+
+
+def unreadable(report: object) -> str | None:
+    """The field of a report with ``kv_report`` that is not as :class:`Kept` reads it; None if all are."""
+    if (field := lacks(report, _ALWAYS)) is not None:
+        return field
+    n = report["prompt_tokens"]
+    if not 0 < n <= MOST_TOKENS:
+        return "prompt_tokens"
+    for visual in report["visual"]:
+        if (field := lacks(visual, _VISUAL)) is not None:
+            return field
+        if not all(len(span) == 2 and span[0] < span[1] <= n for span in visual["spans"]):
+            return "spans"
+        size, grid = sum(end - start for start, end in visual["spans"]), visual["grid"]
+        if not size or grid is not None and (len(grid) != 3 or math.prod(grid) != size):
+            return "grid"
+    if "positions" not in report:
+        return lacks(report, {"reason": str})
+    if (field := lacks(report, _COMPACTED)) is not None:
+        return field
+    layers, sparsity = report["positions"], report["sparsity_per_layer"]
+    if not layers or not layers[0] or len({len(heads) for heads in layers}) > 1:
+        return "positions"
+    if any(position >= n for heads in layers for head in heads for position in head):
+        return "positions"
+    lengths = {len(layers), len(report["kept_per_layer"]), len(layers if sparsity is None else sparsity)}
+    return "kept_per_layer" if len(lengths) > 1 else None
 
 
 class Kept:
-    """Which layer and head kept what, out of a report with positions.
+    """Which layer and head kept what, out of a report with ``kv_report``.
 
     Attributes:
         report: the server's.
+        left_alone: why all rows were kept; None where the prompt was compacted. Then the one layer and
+            head of ``mask`` stand for all.
         mask: ``[L, H, n]`` bool.
         visuals: in the order of the prompt.
     """
 
     def __init__(self, report: dict) -> None:
-        self.report = report
-        layers = report["positions"]
-        self.mask = np.zeros((len(layers), len(layers[0]), report["prompt_tokens"]), dtype=bool)
+        self.report, n = report, report["prompt_tokens"]
+        self.left_alone: str | None = None if "positions" in report else report["reason"]
+        layers = report.get("positions", [[range(n)]])
+        self.mask = np.zeros((len(layers), len(layers[0]), n), dtype=bool)
         for layer, heads in enumerate(layers):
-            np.put_along_axis(self.mask[layer], np.asarray(heads, dtype=np.int64), True, axis=1)
+            for head, positions in enumerate(heads):
+                self.mask[layer, head, np.asarray(positions, dtype=np.int64)] = True
         self.visuals: list[Visual] = []
         for one in report["visual"]:
             number = 1 + sum(other.modality == one["modality"] for other in self.visuals)

@@ -40,6 +40,7 @@ function element(tag, properties = {}, ...children) {
 
 /** What a person is told about one position. */
 function describe(position, place) {
+  if (data.alone) return `${place}, position ${position}: kept, as all are`;
   const pairs = (choice(layerChoice) === null ? numLayers : 1) * (choice(headChoice) === null ? numHeads : 1);
   const count = Math.round(heat[position] * pairs);
   return `${place}, position ${position}: kept by ${count} of ${pairs} layer-head pairs (${percent(heat[position])})`;
@@ -139,6 +140,10 @@ async function addVisual(visual) {
   const large = element("div", { className: "frames" });
   large.style.setProperty("--frame", times > 12 ? "180px" : times > 2 ? "280px" : times > 1 ? "400px" : "100%");
   for (let time = 0; time < times; time++) large.append(frameOf(visual, frames[time], time));
+  if (data.alone) {
+    section.append(element("div", { className: "parts wide" }, large));
+    return;
+  }
   const layers = element("div", { className: "layers" });
   for (let layer = 0; layer < numLayers; layer++) {
     layers.append(times > 1 ? barsOf(visual, layer) : thumbOf(visual, frames[0], layer));
@@ -257,6 +262,10 @@ function barsOf(visual, layer) {
 }
 
 function addBudget() {
+  if (data.alone) {
+    at("budget").closest("section").hidden = true;
+    return;
+  }
   const most = Math.max(...data.rows);
   const bar = (share, label) => {
     const filled = element("i");
@@ -348,7 +357,10 @@ function addControls() {
   };
   options(layerChoice, `all ${numLayers} layers`, "layer", numLayers, data.layer);
   options(headChoice, `all ${numHeads} heads`, "head", numHeads, data.head);
-  for (const select of [layerChoice, headChoice]) select.addEventListener("change", draw);
+  for (const select of [layerChoice, headChoice]) {
+    select.addEventListener("change", draw);
+    select.hidden = select.labels[0].hidden = data.alone;
+  }
   strength.addEventListener("input", draw);
   at("controls").addEventListener("submit", (event) => event.preventDefault());
   const ramp = at("ramp"), context = ramp.getContext("2d");
@@ -366,7 +378,8 @@ function draw() {
     choice(layerChoice) === null ? `all ${numLayers} layers` : `layer ${layerChoice.value}`,
     choice(headChoice) === null ? `all ${numHeads} KV heads` : `KV head ${headChoice.value}`,
   ];
-  readout.value = `Share of ${what.join(" and ")} that kept a token. Point at one, or use the arrow keys on a picture.`;
+  const shown = data.alone ? "All tokens are kept." : `Share of ${what.join(" and ")} that kept a token.`;
+  readout.value = `${shown} Point at one, or use the arrow keys on a picture.`;
   for (const redraw of redraws) redraw();
 }
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sglang_vlkv.inspect.heat import DARK, DIM, FRAME, TINT, Visual, colours
 from sglang_vlkv.inspect.subject import Subject, shown
+from sglang_vlkv.printable import printable
 
 LARGEST = ((1, 1280), (16, 640))  # by number of frames: the longer side of their pictures, in pixels
 SMALLEST = 320  # where there are more frames
@@ -26,14 +27,19 @@ def render(subject: Subject) -> str:
     """The page; it opens with the subject's choice."""
     template, style, script = map(resource, PARTS)
     return Template(template).substitute(
-        question=html.escape(subject.answer.question),
-        answer=html.escape(subject.answer.text.strip()),
-        facts="".join(f"<li>{html.escape(fact)}</li>" for fact in subject.facts),
-        config=html.escape(subject.kept.report["config"]),
+        question=_text(subject.answer.question),
+        answer=_text(subject.answer.text.strip()),
+        facts="".join(f"<li>{_text(fact)}</li>" for fact in subject.facts),
+        config=_text(subject.kept.report.get("config", "none: the prompt was left alone")),
         style=style,
         script=script,
         data=_json(_data(subject)),
     )
+
+
+def _text(words: str) -> str:
+    """For an element; lines stay."""
+    return html.escape(printable(words, keep="\n\t"))
 
 
 def _data(subject: Subject) -> dict:
@@ -42,10 +48,11 @@ def _data(subject: Subject) -> dict:
     return {
         "layer": subject.choice.layer,
         "head": subject.choice.head,
+        "alone": kept.left_alone is not None,
         "kept": [[_bits(row) for row in heads] for heads in kept.mask],
         "tokens": [shown(token) for token in subject.answer.tokens],
-        "rows": kept.report["kept_per_layer"],
-        "sparsity": kept.report["sparsity_per_layer"],
+        "rows": kept.report.get("kept_per_layer"),
+        "sparsity": kept.report.get("sparsity_per_layer"),
         "visuals": [_visual(*both) for both in zip(kept.visuals, subject.pictures, strict=True)],
         "colours": colours(np.linspace(0, 1, STEPS)).tolist(),
         "tint": TINT,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFont
 
-from sglang_vlkv.inspect import Problem, blocks
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.inspect import blocks
 from sglang_vlkv.inspect.blocks import GAP, LARGE, NORMAL, SMALL, SOFT, WIDTH, Font
 from sglang_vlkv.inspect.heat import Choice, Visual, paint
 from sglang_vlkv.inspect.subject import Subject, shown
@@ -62,8 +63,9 @@ class _Sheet:
         ]
         for visual, shows in zip(subject.kept.visuals, subject.pictures, strict=True):
             parts += self._visual(visual, shows, heat)
+        if subject.kept.left_alone is None:
+            parts.append(blocks.beside([self._rows(), self._sparsity()]))
         parts += [
-            blocks.beside([self._rows(), self._sparsity()]),
             blocks.heading("Text of the prompt", font),
             blocks.chips(self._text(heat), font),
             blocks.heading("All positions of the prompt", font),
@@ -89,6 +91,8 @@ class _Sheet:
         kept, choice, shape = self.subject.kept, self.subject.choice, _shape(visual, shows)
         width = blocks.fitting(shape, WIDTH // 2, TALL)
         large = _heat_picture(kept.map_of(visual, choice)[0], shows, 0, width)
+        if kept.left_alone is not None:
+            return [large]
         rest = WIDTH - GAP - large.width
         thumb = blocks.fitting_grid(shape, kept.num_layers, rest, large.height)
         below = thumb < min(LEAST, width)
@@ -125,6 +129,8 @@ class _Sheet:
             blocks.captioned(blocks.columns(count / most, THUMB, 96), name, self.font)
             for name, count in by_layer.items()
         ]
+        if kept.left_alone is not None:
+            return [blocks.grid(frames)]
         return [blocks.grid(frames), blocks.paragraph(note, self.font(SMALL), SOFT), blocks.grid(panels)]
 
     def _rows(self) -> Image.Image:
@@ -132,7 +138,7 @@ class _Sheet:
         tokens, rows = report["prompt_tokens"], report["kept_per_layer"]
         labels = [f"{count:,} ({count / tokens:.1%})" for count in rows]
         return blocks.bars(
-            "Rows kept by each KV head", [count / max(rows) for count in rows], labels, self.font
+            "Rows kept by each KV head", [count / (max(rows) or 1) for count in rows], labels, self.font
         )
 
     def _sparsity(self) -> Image.Image:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from sglang_vlkv.inspect.ask import Answer
 from sglang_vlkv.inspect.heat import ALL, Choice, Kept
+from sglang_vlkv.printable import printable
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,13 @@ class Subject:
     def facts(self) -> list[str]:
         """Policy, budget, tokens and bytes."""
         report = self.kept.report
-        tokens, rows = report["prompt_tokens"], report["kept_per_layer"]
+        tokens = report["prompt_tokens"]
+        if self.kept.left_alone is not None:
+            return [f"left alone: {printable(self.kept.left_alone)}", f"kept all {tokens:,} tokens"]
+        rows = report["kept_per_layer"]
         mean = sum(rows) / len(rows)
         return [
-            f"policy {report['policy']}",
+            f"policy {printable(report['policy'])}",
             f"budget {report['budget']:g}",
             f"kept {mean:,.1f} of {tokens:,} tokens per layer ({mean / tokens:.1%})",
             f"{size(report['kept_bytes'])} of {size(report['full_bytes'])}",
@@ -43,6 +47,8 @@ class Subject:
     def chosen(self) -> str:
         """Which layers and heads are drawn large."""
         (layer, head), kept = self.choice, self.kept
+        if kept.left_alone is not None:
+            return "all layers and KV heads"
         layers = f"all {kept.num_layers} layers" if layer is None else f"layer {layer}"
         heads = f"all {kept.num_heads} KV heads" if head is None else f"KV head {head}"
         return f"{layers} and {heads}"
@@ -58,5 +64,4 @@ def size(count: int) -> str:
 
 def shown(token: str) -> str:
     """A token's text such that white space can be seen."""
-    visible = token.replace("\n", "\\n").replace("\t", "\\t").strip(" ")
-    return visible or "_" * max(1, len(token))
+    return printable(token).strip(" ") or "_" * max(1, len(token))

@@ -8,11 +8,11 @@ measures each binary instead of loading it and drops every launch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from importlib import import_module
@@ -26,6 +26,9 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from sglang_vlkv.commands import Problem, values
+from sglang_vlkv.commands.door import Parser, command
 
 # Shared memory that one block may have, in bytes (CUDA C++ Programming Guide, compute capabilities).
 MAX_SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -156,23 +159,26 @@ def cases() -> dict[str, Callable[[], None]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Registers, shared memory and spills of every kernel.")
-    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+@command
+def main(arguments: list[str] | None = None) -> None:
+    words = "Registers, shared memory and spills of every kernel."
+    parser = Parser("python -m sglang_vlkv.kernels.aot", description=words)
+    parser.add_argument("--json", type=values.new_file, metavar="FILE", help="write the table there, too")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--arch", type=int, nargs="*", choices=MAX_SHARED, default=list(MAX_SHARED))
-    options = parser.parse_args()
+    parser.add_argument("--arch", type=int, nargs="+", choices=MAX_SHARED, default=list(MAX_SHARED))
+    options = parser.parse_args(arguments)
+    chosen = {case: call for case, call in cases().items() if options.only in case}
+    if not chosen:
+        raise Problem(f"No case has {options.only!r} in its name; there are {', '.join(cases())}.")
     records = []
     print("| case | kernel | arch | registers | shared, bytes | spills, bytes | warps | stages |")
     print("|---|---|---|---|---|---|---|---|")
-    for case, call in cases().items():
-        if options.only not in case:
-            continue
+    for case, call in chosen.items():
         for arch in options.arch:
             with compiled_for(arch) as compiled:
                 call()
             if not compiled:
-                raise SystemExit(f"case {case!r} launched nothing")
+                raise Problem(f"Case {case!r} launched nothing.")
             for r in compiled:
                 print(
                     f"| {case} | {r.kernel} | sm_{arch} | {r.registers} | {r.shared} | {r.spills} "
@@ -181,9 +187,8 @@ def main() -> None:
                 )
                 records.append({"case": case, **r._asdict()})
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(records, file, indent=1)
+        options.json.write_text(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

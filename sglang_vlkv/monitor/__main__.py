@@ -11,54 +11,63 @@ import sys
 import termios
 import time
 import tty
-from pathlib import Path
 from typing import Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
 
+from sglang_vlkv.commands import values
+from sglang_vlkv.commands.door import Parser, command
 from sglang_vlkv.monitor.feeds import LiveFeed, Replay
+from sglang_vlkv.monitor.lines import line
 from sglang_vlkv.monitor.state import State
-from sglang_vlkv.monitor.view import line, view
+from sglang_vlkv.monitor.view import view
 from sglang_vlkv.observe.publisher import address
 
 FRAME_SECONDS = 0.25
 ONCE_SECONDS = 10.0  # that --once waits without --seconds
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where ``--once`` has seen no server."""
+    """The exit status: 1 where ``--once`` has seen no server."""
     args = (options := parser()).parse_args(arguments)
     if args.record and args.replay:
         options.error("--record writes what a server says; give it without --replay")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False)
-    try:
-        where = str(args.replay) if args.replay else address(args.endpoint, "the endpoint")
-        with contextlib.ExitStack() as stack:
-            record = stack.enter_context(args.record.open("wb", 0)) if args.record else None
-            feed = Replay(args.replay, args.speed) if args.replay else LiveFeed(where, record)
-            stack.callback(feed.close)
-            watch = Watch(feed, where, console, args.seconds)
-            if args.once:
-                return watch.once()
-            return watch.plain() if args.plain or not console.is_terminal else watch.live()
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    with contextlib.ExitStack() as stack:
+        record = stack.enter_context(args.record.open("wb", 0)) if args.record else None
+        where = str(args.replay or args.endpoint)
+        feed = Replay(args.replay, args.speed) if args.replay else LiveFeed(where, record)
+        stack.callback(feed.close)
+        watch = Watch(feed, where, console, args.seconds)
+        if args.once:
+            return watch.once()
+        return watch.plain() if args.plain or not console.is_terminal else watch.live()
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m sglang_vlkv.monitor", description=__doc__.partition(": ")[2])
+def parser() -> Parser:
+    parser = Parser("python -m sglang_vlkv.monitor", description=__doc__.partition(": ")[2])
     add = parser.add_argument
-    add("endpoint", nargs="?", default="5558", help="as in --kv-events-endpoint. Default: 5558")
+    add("endpoint", nargs="?", type=_endpoint, default="5558", help="as in --kv-events-endpoint. Default: 5558")
     add("--once", action="store_true", help="print what there is to see once, and end")
     add("--plain", action="store_true", help="a line per event; so it is where no terminal is")
-    add("--seconds", type=float, metavar="N", help="end after so long")
-    add("--record", type=Path, metavar="FILE", help="write all messages there, a line of JSON each")
-    add("--replay", type=Path, metavar="FILE", help="show what --record wrote, without a server")
-    add("--speed", type=float, default=1.0, metavar="X", help="of the replay; 0: no pauses. Default: 1")
+    add("--seconds", type=values.positive, metavar="N", help="end after so long")
+    add("--record", type=values.new_file, metavar="FILE", help="write all messages there, a line of JSON each")
+    add("--replay", type=values.file, metavar="FILE", help="show what --record wrote, without a server")
+    add(
+        "--speed", type=values.not_negative, default=1.0, metavar="X",
+        help="of the replay; 0: no pauses. Default: 1",
+    )  # fmt: skip
     return parser
+
+
+def _endpoint(text: str) -> str:
+    try:
+        return address(text, "the endpoint")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Watch:

@@ -9,7 +9,9 @@ from typing import BinaryIO, Iterator
 import orjson
 import zmq
 
-from sglang_vlkv.observe.publisher import of_replica
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.monitor.messages import known
+from sglang_vlkv.observe.publisher import as_ascii, of_replica
 
 Received = tuple[float, dict]  # unix seconds, message
 
@@ -19,7 +21,10 @@ class LiveFeed:
 
     Args:
         address: as :func:`sglang_vlkv.observe.publisher.address` returns it. Nobody need be there yet.
-        record: every message is written there, a line each.
+        record: every message is written there as it came, a line each.
+
+    Raises:
+        Problem: nobody can be there.
     """
 
     done = False
@@ -37,19 +42,26 @@ class LiveFeed:
         self._connect(1)
 
     def _connect(self, replicas: int) -> None:
-        for address in {of_replica(self._address, dp_rank) for dp_rank in range(replicas)} - self._connected:
-            self._socket.connect(address)
-            self._connected.add(address)
+        try:
+            addresses = {of_replica(self._address, dp_rank) for dp_rank in range(replicas)}
+            for address in addresses - self._connected:
+                self._socket.connect(address)
+                self._connected.add(address)
+        except ValueError as error:
+            raise Problem(f"{error}.") from error
+        except zmq.ZMQError as error:
+            raise Problem(f"{self._address} cannot be listened to: {zmq.strerror(error.errno)}.") from error
 
     def read(self, seconds: float, most: int = 1000) -> Iterator[Received]:
         """What has arrived; waits so long for the first."""
         patience = 1000 * seconds
         while most and self._socket.poll(patience):
-            received, message = time.time(), decode(self._socket.recv_multipart())
-            if message.get("kind") == "server":
-                self._connect(message.get("replicas", 1))
+            received, sent = time.time(), decode(self._socket.recv_multipart())
             if self._record is not None:
-                self._record.write(orjson.dumps({"received": received, "message": message}) + b"\n")
+                self._record.write(as_ascii({"received": received, "message": sent}) + b"\n")
+            message = known(sent)
+            if message.get("kind") == "server":
+                self._connect(message["replicas"])
             yield received, message
             most, patience = most - 1, 0
 
@@ -68,7 +80,7 @@ class Replay:
         done: there is no more.
 
     Raises:
-        ValueError: a line is no message. One at the end may be cut off.
+        Problem: a line is no message. One at the end may be cut off.
     """
 
     def __init__(self, file: Path, speed: float = 1.0) -> None:
@@ -106,10 +118,10 @@ def _recorded(file: Path) -> Iterator[Received]:
         try:
             if line:
                 record = orjson.loads(line)
-                yield float(record["received"]), dict(record["message"])
+                yield float(record["received"]), known(dict(record["message"]))
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
             if number < len(lines):
-                raise ValueError(f"{file}, line {number}: not a recorded message") from None
+                raise Problem(f"{file}, line {number}: not a recorded message.") from None
 
 
 def decode(frames: list[bytes]) -> dict:

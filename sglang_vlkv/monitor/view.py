@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Callable, NamedTuple
 
 from rich.console import Group, RenderableType
@@ -13,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sglang_vlkv.monitor.state import Request, State, means
+from sglang_vlkv.monitor.words import BLOCKS, bars_of, count, duration, percent, resample, size_of, times
 from sglang_vlkv.observe.events import PREFIX_KINDS
 from sglang_vlkv.observe.publisher import SCHEMA
+from sglang_vlkv.printable import printable
 
 SILENT_SECONDS = 5.0  # a server says something every two
-BLOCKS = "▁▂▃▄▅▆▇█"
 MINIMUM = 20, 5  # columns and lines that anything is drawn in
 
 
@@ -72,13 +71,13 @@ def header(state: State, source: str, now: float | None, width: int) -> list[Tex
         sign = Text(f"○ silent for {duration(now - state.last)}", "bold red")
     else:
         sign = Text("● live", "green")
-    first = _apart(Text(source, "bold"), sign, width)
+    first = _apart(Text(printable(source), "bold"), sign, width)
     if not server:
         return [first]
-    words = [server["model"].rstrip("/").rsplit("/", 1)[-1], server["policy"]]
+    words = [printable(server["model"].rstrip("/").rsplit("/", 1)[-1]), printable(server["policy"])]
     if server["policy"] != "none":
         words[-1] += f" {percent(server['budget'])}"
-    words.append(f"twins {server['options']['twins']}")
+    words.append(f"twins {printable(server['options']['twins'])}")
     if server["options"]["allow_override"]:
         words.append("requests choose")
     if len(state.replicas) > 1:
@@ -88,9 +87,9 @@ def header(state: State, source: str, now: float | None, width: int) -> list[Tex
 
 
 def waiting(state: State, source: str) -> list[RenderableType]:
-    lines = [Text(f"waiting for {source}", "bold")]
+    lines = [Text(f"waiting for {printable(source)}", "bold")]
     if state.foreign:
-        schemas = ", ".join(sorted(state.foreign))
+        schemas = printable(", ".join(sorted(state.foreign)))
         lines.append(Text(f"messages of schema {schemas} arrive; this version reads schema {SCHEMA}", "red"))
     else:
         lines.append(Text("start a server with --kv-policy and --kv-events-endpoint"))
@@ -273,7 +272,7 @@ def recent(state: State, width: int, height: int) -> RenderableType:
     for request in newest:
         cells = _cells(request)
         if width >= 100 and request.reason:
-            cells["policy"].append(f": {request.reason}", "dim")
+            cells["policy"].append(f": {printable(request.reason)}", "dim")
         table.add_row(*(cells[name] for name in columns))
     height = len(newest) + 3
     return Panel(table, title="Requests", title_align="left", width=width, height=height, border_style="dim")
@@ -282,101 +281,19 @@ def recent(state: State, width: int, height: int) -> RenderableType:
 def _cells(request: Request) -> dict[str, Text]:
     sign, style = OUTCOMES.get(request.outcome, ("·", ""))
     return {
-        "request": Text(request.rid),
-        "policy": Text(request.policy or "-"),
+        "request": Text(printable(request.rid)),
+        "policy": Text(printable(request.policy or "-")),
         "prompt": Text(_or_dash(request.prompt_tokens, count)),
         "kept": Text(_or_dash(request.kept, percent)),
         "freed": Text(_or_dash(request.freed, size_of)),
-        "prefix": Text(request.prefix or "-"),
+        "prefix": Text(printable(request.prefix or "-")),
         "out": Text(_or_dash(request.output_tokens, count)),
-        "": Text(f"{sign} {request.outcome}", style),
+        "": Text(f"{sign} {printable(request.outcome)}", style),
     }
 
 
 def _or_dash(value, words) -> str:
     return "-" if value is None else words(value)
-
-
-def line(message: dict) -> str | None:
-    """One message as one line for a log; None where there is nothing to say."""
-    words = _LINES.get(message.get("kind"))
-    if words is None or message.get("schema") != SCHEMA:
-        return None
-    at = time.strftime("%H:%M:%S", time.localtime(message["time"]))
-    return f"{at} {words(message)}"
-
-
-def _compacted_line(m: dict) -> str:
-    share, freed = percent(m["kept_bytes"] / m["full_bytes"]), size_of(m["full_bytes"] - m["kept_bytes"])
-    shared = ", shared with another" if m["shared"] else ""
-    return f"{m['rid']} {m['policy']} keeps {share} of {m['prompt_tokens']:,} tokens, {freed} freed{shared}"
-
-
-def _released_line(m: dict) -> str:
-    left = f", left alone: {m['reason']}" if m["reason"] else ""
-    tokens = f"{m['prompt_tokens']:,} + {m['output_tokens']:,} tokens"
-    return f"{m['rid']} {m['outcome']}, {tokens}, prefix {m['prefix']}{left}"
-
-
-_LINES = {
-    "compacted": _compacted_line,
-    "released": _released_line,
-    "twin_created": lambda m: f"{m['rid']} leaves twin {m['twin']}, {size_of(m['bytes'])}",
-    "twin_hit": lambda m: (
-        f"{m['rid']} goes on from twin {m['twin']}, {m['covered']:,} of {m['prompt_tokens']:,} tokens"
-    ),
-    "twin_evicted": lambda m: f"twin {m['twin']} made room, {size_of(m['bytes'])}",
-    "flushed": lambda m: f"flushed, {m['twins']:,} twins are gone",
-    "deferred": lambda m: f"{m['rid']} waits for room for kept rows",
-    "no_room": lambda m: f"{m['rid']} put back, no room for its kept rows",
-}
-
-
-# ---- Words, numbers, lines ----
-
-
-def bars_of(heights: list[float], width: int) -> str:
-    """A bar per height in [0, 1], up to four columns wide."""
-    columns = max(1, min(4, width // len(heights)))
-    signs = [BLOCKS[min(8, math.ceil(height * 8)) - 1] if height > 0 else " " for height in heights]
-    return "".join(sign * max(1, columns - 1) + " " * (columns > 1) for sign in signs)
-
-
-def resample(values: list[float], width: int) -> list[float]:
-    """At most ``width`` values, means of neighbours where there are more."""
-    if len(values) <= width:
-        return values
-    ends = [round(i * len(values) / width) for i in range(width + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(ends, ends[1:])]
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def count(number: int) -> str:
-    return f"{number:,}"
-
-
-def size_of(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
-def duration(seconds: float) -> str:
-    seconds = int(max(0, seconds))
-    if seconds < 100:
-        return f"{seconds} s"
-    if seconds < 6000:
-        return f"{seconds // 60} min"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
-
-
-def times(number: int) -> str:
-    return "once" if number == 1 else f"{number} times"
 
 
 def _fit(text: Text, width: int) -> Text:

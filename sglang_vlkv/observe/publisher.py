@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
@@ -211,4 +212,11 @@ def encode(message: dict) -> bytes:
     """As JSON. A client may have chosen an id that is long, or that UTF-8 cannot hold."""
     if "rid" in message:
         message["rid"] = message["rid"][:MAX_ID].encode(errors="replace").decode()
-    return orjson.dumps(message)
+    return as_ascii(message)
+
+
+def as_ascii(message: dict) -> bytes:
+    """As JSON of printable ASCII: the value is exact, and a terminal that is shown the bytes obeys none."""
+    data = orjson.dumps(message)
+    plain = data.isascii() and b"\x7f" not in data
+    return data if plain else json.dumps(message, separators=(",", ":")).encode()

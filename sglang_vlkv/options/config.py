@@ -11,7 +11,8 @@ from pathlib import Path
 
 from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.none import NONE
-from sglang_vlkv.stages.options import is_number, require
+from sglang_vlkv.printable import printable
+from sglang_vlkv.stages.options import is_number, require, shortened
 from sglang_vlkv.stages.policy import Policy
 
 TWINS = OFF, RESUME, FALLBACK, PREFER = "off", "resume", "fallback", "prefer"
@@ -203,7 +204,7 @@ def _with_budget(options: dict, budget: float, flag: str, source: str) -> dict:
     """``options``, which came from ``source``, with the ``budget`` that ``flag`` gave."""
     if options.get("budget", budget) != budget:
         raise ValueError(
-            f"{flag} {budget} contradicts budget {options['budget']} in {source}; give one of them"
+            f"{flag} {budget} contradicts budget {shortened(options['budget'])} in {source}; give one of them"
         )
     return options | {"budget": budget}
 
@@ -226,7 +227,8 @@ def _policy(name: str, options: dict, source: str) -> Policy:
     if unknown:
         ours = f", {', '.join(OPERATOR_OPTIONS)}" if source.startswith("--") else ""
         raise ValueError(
-            f"{source} has unknown option {', '.join(unknown)}; {name} knows {', '.join(known)}{ours}"
+            f"{source} has unknown option {printable(', '.join(unknown))[:200]}; {name} knows "
+            f"{', '.join(known)}{ours}"
         )
     try:
         return policy(**options)
@@ -255,10 +257,14 @@ def read_options(config: str | dict | None) -> dict:
                 f"--kv-policy-config {config!r} is neither a JSON object nor a readable file "
                 f"({error.strerror})"
             ) from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{source} is not valid JSON: it is no text") from None
     try:
         options = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{source} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{source} is not valid JSON: it is nested too deep") from None
     if not isinstance(options, dict):
         raise ValueError(f"{source} must hold a JSON object, not {type(options).__name__}")
     return options

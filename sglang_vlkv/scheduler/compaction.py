@@ -124,7 +124,7 @@ class Compactor:
         for req, state in fresh:
             if len(state.scores) != num_layers:
                 raise RuntimeError(
-                    f"request {req.rid} reached decode with {len(state.scores)} of {num_layers} "
+                    f"request {req.rid!r} reached decode with {len(state.scores)} of {num_layers} "
                     "layers scored; please report this as a bug of sglang_vlkv"
                 )
             for layer in range(num_layers):

@@ -38,6 +38,9 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "prefix": {"kind": state.prefix_kind, "tokens": state.prefix_tokens},
         "retractions": req.retraction_count,
     }
+    lists = (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS
+    if lists:
+        report["visual"] = visual_spans(req)
     if state.twin is None:
         return report | {"reason": str(state.why_left_alone(req.retraction_count))}
     policy = state.asked.policy
@@ -66,11 +69,9 @@ def build_report(req: Req, state: RequestState, tree: TwinRadixCache) -> dict:
         "full_bytes": prompt.num_tokens * slot_bytes,
         "last_bytes": state.last_slots * slot_bytes,
     } | ranks.describe()
-    if (req.sampling_params.custom_params or {}).get(OPTION) == POSITIONS:
-        report |= {
-            POSITIONS: [torch.cat(heads).tolist() for heads in zip(*ranks.gather(kept), strict=True)],
-            "visual": visual_spans(req),
-        }
+    if lists:
+        gathered = zip(*ranks.gather(kept), strict=True)
+        report[POSITIONS] = [torch.cat(heads).tolist() for heads in gathered]
     return report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -75,10 +75,12 @@ def pictures_of(req: Req, ids: torch.Tensor) -> list[Picture]:
     for items in alike.values():
         positions = torch.stack([holds(req, item, ids) for item in items]).any(0).nonzero().flatten()
         for item, own in zip(items, positions.tensor_split(len(items))):
-            for patches, part in _split(item, own):
-                grid = _grid(patches, len(part))
-                found.append(Picture(MODALITIES[item.modality], part, grid))
-    return sorted((picture for picture in found if len(picture.positions)), key=lambda p: int(p.positions[0]))
+            grids = _grids(item, len(own))
+            sizes = [math.prod(grid) for grid in grids] or [len(own)]
+            for grid, part in zip(grids or [None], own.split(sizes), strict=True):
+                if len(part):
+                    found.append(Picture(MODALITIES[item.modality], part, grid))
+    return sorted(found, key=lambda picture: int(picture.positions[0]))
 
 
 def visual_spans(req: Req) -> list[dict]:
@@ -100,28 +102,18 @@ def _runs(positions: torch.Tensor) -> list[list[int]]:
     return [[int(run[0]), int(run[-1]) + 1] for run in positions.tensor_split(breaks)]
 
 
-def _split(
-    item: MultimodalDataItem, positions: torch.Tensor
-) -> list[tuple[list[int] | None, torch.Tensor]]:
-    """An item's pictures, each with its grid of patches; one, where they are not stated one by one."""
+def _grids(item: MultimodalDataItem, num_tokens: int) -> list[list[int]]:
+    """How the ``num_tokens`` of each picture in an item lie; several pictures may come as one, embedded
+    already. Empty where the model does not state it."""
     stated = next((data for name in _GRIDS if (data := item.model_specific_data.get(name)) is not None), ())
-    grids = torch.as_tensor(stated).flatten()
-    if not len(grids) or len(grids) % 3:
-        return [(None, positions)]
-    grids = grids.view(-1, 3).long()
-    tokens = grids.prod(1) * len(positions)
-    patches = max(1, int(grids.prod(1).sum()))
-    if (tokens % patches).any():
-        return [(None, positions)]
-    return list(zip(grids.tolist(), positions.split((tokens // patches).tolist()), strict=True))
-
-
-def _grid(patches: list[int] | None, num_tokens: int) -> list[int] | None:
-    if patches is None or not num_tokens:
-        return None
-    time, height, width = patches
-    merge = isqrt(time * height * width // num_tokens)
-    if not merge or height % merge or width % merge:
-        return None
-    grid = [time, height // merge, width // merge]
-    return grid if grid[0] * grid[1] * grid[2] == num_tokens else None
+    patches = torch.as_tensor(stated)
+    if not num_tokens or not patches.numel() or patches.shape[-1] != 3:
+        return []
+    patches = patches.view(-1, 3).tolist()
+    if any(side < 1 for picture in patches for side in picture):
+        return []
+    merge = math.isqrt(sum(map(math.prod, patches)) // num_tokens)
+    if not merge or any(height % merge or width % merge for _, height, width in patches):
+        return []
+    grids = [[time, height // merge, width // merge] for time, height, width in patches]
+    return grids if sum(map(math.prod, grids)) == num_tokens else []

@@ -6,7 +6,6 @@ what it does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Callable
 
 from benchmarks.common import context, note
+from sglang_vlkv.commands import values
+from sglang_vlkv.commands.door import Parser, command
 from tests.chaos import report
 from tests.chaos.catalogue import DEFAULT, MIN_PROMPT, answered
 from tests.chaos.malformed import SPARED, all_cases, options, raw
@@ -55,23 +56,24 @@ def statuses(start: Callable[[], Server], cases: list[Malformed]) -> dict[str, i
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--requests", type=int, default=10_000, help="at most")
-    parser.add_argument("--minutes", type=float, default=60.0, help="at most, for the storm itself")
-    parser.add_argument("--out", type=Path, help="where the record goes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--conversations", type=int, default=80, help="in the catalogue")
-    parser.add_argument("--processes", type=int, default=4, help="of clients")
-    parser.add_argument("--clients", type=int, default=6, help="requests at once, per process")
-    parser.add_argument("--pool", type=int, default=1000, help="slots")
+@command
+def main(arguments: list[str] | None = None) -> int:
+    parser, count = Parser("python -m tests.chaos", description=__doc__), values.whole()
+    parser.add_argument("--requests", type=count, default=10_000, help="at most")
+    parser.add_argument("--minutes", type=values.positive, default=60.0, help="at most, for the storm itself")
+    parser.add_argument("--out", type=values.new_file, help="where the record goes")
+    parser.add_argument("--seed", type=values.whole(0), default=0)
+    parser.add_argument("--conversations", type=count, default=80, help="in the catalogue")
+    parser.add_argument("--processes", type=count, default=4, help="of clients")
+    parser.add_argument("--clients", type=count, default=6, help="requests at once, per process")
+    parser.add_argument("--pool", type=values.whole(256), default=1000, help="slots")
     parser.add_argument("--twins", choices=["off", "resume"], default="resume")
     parser.add_argument("--drafts", action="store_true", help="with policies that draft")
     parser.add_argument("--mixed", action="store_true", help="with --enable-mixed-chunk")
-    parser.add_argument("--kills", type=int, default=2, help="in the first quarter")
+    parser.add_argument("--kills", type=values.whole(0), default=2, help="in the first quarter")
     parser.add_argument("--trust", action="store_true", help="what the stock server is known not to survive")
-    parser.add_argument("--deadline", type=float, default=240.0, help="seconds for every request")
-    args = parser.parse_args()
+    parser.add_argument("--deadline", type=values.positive, default=240.0, help="seconds for every request")
+    args = parser.parse_args(arguments)
     mixed = ("--enable-mixed-chunk", "--chunked-prefill-size", "128") if args.mixed else ()
     tight = flags(args.pool, args.twins, "--schedule-conservativeness", "0.01", *mixed)
     record = context({}, *tight) | {

@@ -1,4 +1,4 @@
-"""Pictures and videos: as a message sends them, and to draw on."""
+"""Pictures and videos: as a message sends them, and as the server sees them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from sglang_vlkv.inspect import Problem
+from sglang_vlkv.commands import Problem
 
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -22,14 +22,16 @@ class Medium(NamedTuple):
     Attributes:
         kind: "image" or "video".
         path: where it is.
-        url: the data URL that is sent.
-        picture: what an image shows, upright RGB; None for a video.
+        url: the data URL that is sent: the bytes of the file.
+        picture: what SGLang makes of an image, RGB; None for a video.
+        notes: what a person who looks at the file sees otherwise, a sentence each.
     """
 
     kind: str
     path: Path
     url: str
     picture: Image.Image | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def part(self) -> dict:
@@ -55,18 +57,31 @@ class Medium(NamedTuple):
 def image(path: Path) -> Medium:
     """
     Raises:
-        Problem: the file is missing or holds no picture.
+        Problem: the file is missing or holds no whole picture.
     """
     data = _read(path)
     try:
         opened = Image.open(io.BytesIO(data))
-        kind, turned = Image.MIME.get(opened.format), opened.getexif().get(ORIENTATION, 1) != 1
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Problem(f"{path} cannot be read as a picture: {error}.") from error
-    if turned or not kind:  # sent as it is drawn, whatever the server makes of the tag
-        data, kind = _png(picture), "image/png"
-    return Medium("image", path, _data_url(data, kind), picture)
+        kind, picture = Image.MIME.get(opened.format, "image/png"), opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise Problem(f"{path} cannot be read as a picture: it is of no known kind.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise Problem(f"{path} cannot be read as a picture: {str(error).rstrip('.')}.") from error
+    return Medium("image", path, data_url(data, kind), picture, tuple(_notes(path, opened)))
+
+
+def _notes(path: Path, opened: Image.Image) -> list[str]:
+    """SGLang opens pictures with Pillow and converts them to RGB, and does nothing else."""
+    notes = []
+    if opened.getexif().get(ORIENTATION, 1) != 1:
+        notes.append("says that viewers should turn it, and the server does not: it sees the file as it lies")
+    if (count := getattr(opened, "n_frames", 1)) > 1:
+        notes.append(f"holds {count} pictures, of which the server sees the first")
+    if opened.mode in ("I", "F") or opened.mode.startswith("I;16"):
+        notes.append("has more than 8 bits for a shade, and to the server all above 255 is white")
+    if opened.has_transparency_data and opened.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        notes.append("is transparent in part, and the server sees the colours that lie there unseen")
+    return [f"{path.name} {note}." for note in notes]
 
 
 def video(path: Path) -> Medium:
@@ -77,7 +92,7 @@ def video(path: Path) -> Medium:
     kind = mimetypes.guess_type(path.name, strict=False)[0] or "video/mp4"
     data = _read(path)
     _decoder(path)
-    return Medium("video", path, _data_url(data, kind))
+    return Medium("video", path, data_url(data, kind))
 
 
 def _read(path: Path) -> bytes:
@@ -96,14 +111,8 @@ def _decoder(path: Path):
     try:
         return VideoDecoder(str(path))
     except (RuntimeError, ValueError) as error:
-        raise Problem(f"{path} cannot be read as a video: {str(error).splitlines()[0]}.") from error
+        raise Problem(f"{path} cannot be read as a video: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _data_url(data: bytes, kind: str) -> str:
+def data_url(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
