@@ -88,6 +88,16 @@ def prefill_module(q_dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -
     )
 
 
+def kernel_spec(q_dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, prefill: bool) -> Any:
+    """What ``prefill_module`` or ``decode_module`` compiles, to be built ahead, also without a GPU."""
+    from flashinfer.jit.attention import modules
+
+    shared = q_dtype, kv_dtype, q_dtype, torch.int32, head_dim, head_dim, NO_POSITIONS, False, False
+    if prefill:
+        return modules._gen_batch_prefill_primary_module("fa2", *shared, False)
+    return modules.gen_batch_decode_module(*shared)
+
+
 def device_grid(
     device: torch.device, heads: Heads, q_dtype: torch.dtype, kv_dtype: torch.dtype, decode: Any | None
 ) -> Grid:

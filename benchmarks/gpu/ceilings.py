@@ -8,6 +8,7 @@ import triton.language as tl
 
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.shapes import Model, models
+from benchmarks.gpu.subjects import COPYING
 from benchmarks.gpu.timing import Clock
 
 CASE = "device"
@@ -73,20 +74,29 @@ def run(part: Part, clock: Clock) -> None:
         k, v = cells[:half], cells[half:]
         indices = torch.randperm(half, device=clock.device).int()
         out = flat[: num_rows * row].view(2, half, model.kv_heads, model.head_dim)
-        gather_copy(k, v, indices, out)
-        same = torch.equal(out[0], k[indices.long()]) and torch.equal(out[1], v[indices.long()])
-        part.check(f"gathered copy, {model.name}", same)
-        sums = sums_for(half, model, clock.device)
-        chunk = f"{2 * model.head_dim} B chunks of {2 * row} B rows"
-        copied, read = (lambda: gather_copy(k, v, indices, out)), (lambda: gather_read(k, v, indices, sums))
-        moved = cells.nbytes + indices.nbytes
-        part.add(CASE, f"copy by index, {chunk}", clock.measure(copied), moved=2 * cells.nbytes + indices.nbytes)
-        part.add(CASE, f"read by index, {chunk}", clock.measure(read), moved=moved)
-        layers = indices.chunk(model.layers)
-        each = clock.capture(lambda: [gather_read(k, v, mine, sums) for mine in layers])
-        part.add(CASE, f"read by index, {chunk}, {len(layers)} launches", clock.measure(each), moved=moved)
+        with part.about(COPYING):
+            _by_index(part, clock, model, k, v, indices, out)
     n = 64 if clock.rehearsal else 8192
     a, b = (torch.randn(n, n, dtype=clock.dtype, device=clock.device) for _ in range(2))
     product = torch.empty_like(a)
     timing = clock.measure(lambda: torch.mm(a, b, out=product))
     part.add(CASE, f"matrix product {n}x{n}x{n}", timing, flops=2 * n**3)
+
+
+def _by_index(
+    part: Part, clock: Clock, model: Model, k: torch.Tensor, v: torch.Tensor, indices: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Copies and reads all rows ``[n, H, D]`` in the order of ``indices [n]``; ``out`` is ``[2, n, H, D]``."""
+    half, row = len(indices), model.kv_heads * model.head_dim
+    gather_copy(k, v, indices, out)
+    same = torch.equal(out[0], k[indices.long()]) and torch.equal(out[1], v[indices.long()])
+    part.check(f"gathered copy, {model.name}", same)
+    sums = sums_for(half, model, clock.device)
+    chunk = f"{2 * model.head_dim} B chunks of {2 * row} B rows"
+    copied, read = (lambda: gather_copy(k, v, indices, out)), (lambda: gather_read(k, v, indices, sums))
+    moved = k.nbytes + v.nbytes + indices.nbytes
+    part.add(CASE, f"copy by index, {chunk}", clock.measure(copied), moved=moved + k.nbytes + v.nbytes)
+    part.add(CASE, f"read by index, {chunk}", clock.measure(read), moved=moved)
+    layers = indices.chunk(model.layers)
+    each = clock.capture(lambda: [gather_read(k, v, mine, sums) for mine in layers])
+    part.add(CASE, f"read by index, {chunk}, {len(layers)} launches", clock.measure(each), moved=moved)

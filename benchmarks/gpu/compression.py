@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu import subjects
 from benchmarks.gpu.baseline import Decoder
 from benchmarks.gpu.correctness import kernel
 from benchmarks.gpu.goals import COMPRESSION
@@ -20,8 +21,17 @@ from sglang_vlkv.stages.budgets import proportional
 
 ATTENTION, STEP = "fastest prefill attention, scaled", "prefill with it, scaled"
 GOAL_LENGTH = 32768
-FA3 = "FlashAttention 3"
+CUDNN, FA3 = "torch SDPA, cuDNN", "FlashAttention 3"
+VOTING_ROWS = 64, 256
 TIMED_LAYERS = 1  # of the prefill; its layers are alike
+
+
+def case_name(model: Model, length: int) -> str:
+    return f"{model.name}, {length} tokens"
+
+
+def with_budgets_row(voting: int) -> str:
+    return f"all of it with budgets, {voting} voting rows"
 
 
 def run(part: Part, clock: Clock) -> None:
@@ -31,10 +41,13 @@ def run(part: Part, clock: Clock) -> None:
         "of the prompt, geometric over layers. The layers' budgets are computed on the host, which waits for "
         "their densities once: the rows with budgets include it, by the host's clock, the others leave it out"
     )
-    lengths = (96,) if clock.rehearsal else (8192, 32768, 131072)
+    lengths = (96,) if clock.rehearsal else (8192, GOAL_LENGTH, 131072)
+    for model in models(clock.rehearsal):
+        for voting in VOTING_ROWS:
+            part.expect(COMPRESSION, case_name(model, GOAL_LENGTH), with_budgets_row(voting))
     for model in models(clock.rehearsal):
         for length in lengths:
-            name = f"{model.name}, {length} tokens"
+            name = case_name(model, length)
             seconds = 2 + 10 * (length / 131072) ** 2
             if part.has(seconds, name):
                 part.attempt(name, _case, clock, model, length)
@@ -42,8 +55,12 @@ def run(part: Part, clock: Clock) -> None:
 
 
 def _case(part: Part, clock: Clock, model: Model, length: int) -> None:
-    case = f"{model.name}, {length} tokens"
-    _prefill(part, clock, model, length, case)
+    case = case_name(model, length)
+    timed = _prefill(part, clock, model, length, case)
+    goals = [COMPRESSION] if length == GOAL_LENGTH else []
+    if goals and not timed & {CUDNN, FA3}:
+        part.skip(f"{case}: the goal", f"any share of a prefill with neither {CUDNN} nor {FA3} is small")
+        goals = []
     clock.free_bytes()
     pool = Pool(model, length + length // 4 + 64, clock)
     order = torch.randperm(pool.rows, device=clock.device)
@@ -52,7 +69,7 @@ def _case(part: Part, clock: Clock, model: Model, length: int) -> None:
     target = pool.cells_of(target[: -(-sum(num_kept) // model.layers)])[: sum(num_kept)].contiguous()
     score, select = kernel("post_vision", "post_vision_scores"), kernel("selection", "select_rows")
     gather, scatter = kernel("compaction", "gather_rows"), kernel("compaction", "scatter_rows")
-    for voting in (4,) if clock.rehearsal else (64, 256):
+    for voting in (4,) if clock.rehearsal else VOTING_ROWS:
         q = torch.randn(model.layers, voting, model.q_heads, model.head_dim, dtype=clock.dtype, device=clock.device)
 
         def scoring() -> list[torch.Tensor]:
@@ -81,30 +98,34 @@ def _case(part: Part, clock: Clock, model: Model, length: int) -> None:
             chosen = select(torch.stack([one.scores for one in found]), tier, budgets).long()
             scatter(*cells, target, gather(*cells, slots, chosen, budgets, pool.cells_per_layer))
 
-        about = dict(voting_rows=voting, model=model._asdict(), kept_rows=sum(num_kept))
+        more = dict(voting_rows=voting, model=model._asdict(), kept_rows=sum(num_kept))
         with_rows = f"{voting} voting rows"
+
+        def add(row: str, timing: Timing, *rests_on: str, share_of: str = ATTENTION, **others) -> None:
+            with part.about(*rests_on):
+                part.add(case, row, timing, share_of=share_of, **others, **more)  # noqa: B023
+
         flops = 2 * 2 * voting * model.q_heads * length * model.head_dim * model.layers  # two passes over the keys
-        part.add(
-            case, f"scoring, {with_rows}", clock.measure(scoring), flops=flops, share_of=ATTENTION, **about
-        )  # fmt: skip
+        add(f"scoring, {with_rows}", clock.measure(scoring), subjects.SCORING, flops=flops)
         timing = clock.measure(lambda: select(scores, tier, num_kept))
-        part.add(case, f"selection, {with_rows}", timing, share_of=ATTENTION, **about)
-        part.add(
-            case, f"gather and scatter, {with_rows}", clock.measure(compaction), moved=4 * rows.nbytes,
-            share_of=ATTENTION, **about,
-        )  # fmt: skip
+        add(f"selection, {with_rows}", timing, subjects.SELECTION)
+        timing = clock.measure(compaction)
+        add(f"gather and scatter, {with_rows}", timing, subjects.MOVING, moved=4 * rows.nbytes)
         timing = clock.measure(everything)
-        part.add(case, f"all of it, {with_rows}, beside attention", timing, share_of=ATTENTION, **about)
-        part.add(case, f"all of it, {with_rows}, beside the prefill", timing, share_of=STEP, **about)
+        add(f"all of it, {with_rows}, beside attention", timing, *subjects.COMPRESSION)
+        add(f"all of it, {with_rows}, beside the prefill", timing, *subjects.COMPRESSION, share_of=STEP)
         with_budgets()
         walls = [clock.wall(with_budgets) for _ in range(2 if clock.rehearsal else 10)]
         timing = Timing.of(walls[: len(walls) // 2], walls[len(walls) // 2 :])
-        goals = [COMPRESSION] if length == GOAL_LENGTH else []
-        part.add(case, f"all of it with budgets, {with_rows}", timing, share_of=STEP, goals=goals, **about)
+        add(with_budgets_row(voting), timing, *subjects.COMPRESSION, share_of=STEP, goals=goals)
 
 
-def _prefill(part: Part, clock: Clock, model: Model, length: int, case: str) -> None:
-    """One layer's attention alone, then one whole layer, each timed and scaled to all layers."""
+def _prefill(part: Part, clock: Clock, model: Model, length: int, case: str) -> set[str]:
+    """One layer's attention alone, then one whole layer, each timed and scaled to all layers.
+
+    Returns:
+        The attentions that were timed, of which the fastest counts.
+    """
     decoder = Decoder(model, clock, TIMED_LAYERS)
     shape = 1, length, model.hidden
     x = torch.randn(shape, dtype=clock.dtype, device=clock.device)
@@ -141,6 +162,7 @@ def _prefill(part: Part, clock: Clock, model: Model, length: int, case: str) -> 
     flops += 2 * length * model.layers * sum(w.numel() for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
     timing = clock.measure(lambda: decoder.layer(0, layer, x, rotation, attend), **repeats)
     part.add(case, STEP, timing.scaled(scale), flops=flops, backend=fastest, **about)
+    return set(timings)
 
 
 def attentions(clock: Clock) -> dict[str, Callable[..., torch.Tensor] | str]:
@@ -159,7 +181,7 @@ def attentions(clock: Clock) -> dict[str, Callable[..., torch.Tensor] | str]:
         return {"torch SDPA": sdpa(), FA3: "it runs on a GPU only"}
     found: dict = {
         "torch SDPA, FlashAttention": sdpa(SDPBackend.FLASH_ATTENTION),
-        "torch SDPA, cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+        CUDNN: sdpa(SDPBackend.CUDNN_ATTENTION),
         FA3: "flash_attn_interface is not installed",
     }
     if importable("flash_attn_interface"):

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.engines import OURS_FLASHINFER, decode_engine, have_flashinfer_ext
+from benchmarks.gpu.engines import decode_engine
 from benchmarks.gpu.pool import OWN, Pool, Residents
 from benchmarks.gpu.record import Part
 from benchmarks.gpu.shapes import ALPHA, Batch, Model, models
+from benchmarks.gpu.subjects import ATTENTION, EXTEND, MOVING, SCORING, SELECTION
 from benchmarks.gpu.timing import Clock
 
-LAYERS = 4  # of each model; kernels do not know how many there are
-COMPILING_SECONDS = 45  # of FlashInfer, with nvcc, where its cache is empty
+LAYERS, SMALL_LAYERS = 4, 2  # of each model; kernels do not know how many there are
 NEAR = 1e-4  # logits this near to the zero threshold may fall on either side of it
 
 
@@ -67,10 +67,9 @@ def compare(part: Part, name: str, got: torch.Tensor, reference: torch.Tensor, p
 
 
 def attention_sample(
-    part: Part, name: str, residents: Residents, row: int, layer: int, q: torch.Tensor, out: torch.Tensor, **seen
+    part: Part, name: str, pool: Pool, cells: torch.Tensor, q: torch.Tensor, out: torch.Tensor
 ) -> bool:
-    """One request's output ``[Hq, D]`` in one layer against float64."""
-    pool, cells = residents.pool, residents.cells(row, layer, **seen)
+    """One request's output ``[Hq, D]`` over ``cells`` against float64."""
     k, v = pool.k_cells[cells], pool.v_cells[cells]
     reference = attend(q[None].double(), k.double(), v.double(), pool.model.scale)
     return compare(part, name, out[None], reference, attend(q[None], k, v, pool.model.scale))
@@ -90,7 +89,7 @@ def poisoned(residents: Residents) -> None:
 
 def small_batch(model: Model, clock: Clock) -> tuple[Residents, torch.Tensor, torch.Tensor]:
     """Compacted, exact, sliding and padding requests; their rows and sequence lengths."""
-    lengths = (70, 40, 33, 1) if clock.rehearsal else (40_000, 3_001, 777, 130, 1)
+    lengths = (70, 40, 33, 1) if clock.small else (40_000, 3_001, 777, 130, 1)
     exact = (1, len(lengths) - 1)
     batch = Batch("mixed", lengths)
     pool = Pool(model, sum(lengths) + OWN * len(lengths) + 64, clock)
@@ -141,8 +140,8 @@ def decoding(part: Part, clock: Clock, model: Model, flashinfer: bool) -> None:
         )  # fmt: skip
         for row in range(size - 1):
             name = f"{what}, {model.name}, layer {layer}, request of {int(counts[layer, row])} rows"
-            seen = newest(row, layer)
-            attention_sample(part, name, residents, row, layer, q[layer, row], out[layer, row], newest=seen)
+            cells = residents.cells(row, layer, newest(row, layer))
+            attention_sample(part, name, pool, cells, q[layer, row], out[layer, row])
     finite = bool(out[:, :-1].isfinite().all())
     part.check(f"{what}, {model.name}: all is written", finite)
     part.check(f"{what}, {model.name}: padding is zero", bool((out[:, -1] == 0).all()))
@@ -150,12 +149,12 @@ def decoding(part: Part, clock: Clock, model: Model, flashinfer: bool) -> None:
 
 def extending(part: Part, clock: Clock, model: Model) -> None:
     """New tokens behind compacted and exact prefixes."""
-    lengths = (70, 40, 9) if clock.rehearsal else (20_000, 3_001, 300)
+    lengths = (70, 40, 9) if clock.small else (20_000, 3_001, 300)
     batch = Batch("extend", lengths)
     pool = Pool(model, sum(lengths) + OWN * 3 + 64, clock)
     residents = Residents(pool, batch, ALPHA, True, 1, exact=(1,))
     poisoned(residents)
-    extend = (OWN, 7 if clock.rehearsal else 500, OWN)
+    extend = (OWN, 7 if clock.small else 500, OWN)
     layer = model.layers - 1
     cells = [residents.cells(row, layer) for row in range(3)]
     device = clock.device
@@ -330,48 +329,37 @@ def means(x: torch.Tensor, bucket: torch.Tensor, num_kept: int) -> torch.Tensor:
     return (sums / counts.clamp_min(1)[:, :, None])[:, :num_kept].transpose(0, 1)
 
 
-def attempt(part: Part, name: str, work: Callable, *arguments) -> None:
+def attempt(part: Part, subject: str, name: str, work: Callable, *arguments) -> None:
     """A kernel that does not even run is a wrong kernel."""
-    try:
-        work(part, *arguments)
-    except Exception:
-        part.check(f"{name} runs", False, traceback=traceback.format_exc()[-3000:])
+    with part.about(subject):
+        try:
+            work(part, *arguments)
+        except Exception:
+            part.check(f"{name} runs", False, traceback=traceback.format_exc()[-3000:])
 
 
 def run(part: Part, clock: Clock) -> None:
     from benchmarks.gpu.replay import replaying, without_waiting
 
+    layers = SMALL_LAYERS if clock.small else LAYERS
     for full in models(clock.rehearsal):
-        model = full._replace(layers=min(LAYERS, full.layers))
-        num_keys = 90 if clock.rehearsal else 20_011
-        attempt(part, f"decode, {model.name}", decoding, clock, model, False)
-        attempt(part, f"replay, {model.name}", replaying, clock, model, False)
-        attempt(part, f"no waiting, {model.name}", without_waiting, clock, model, False)
-        attempt(part, f"extend, {model.name}", extending, clock, model)
-        voting = 5 if clock.rehearsal else 64
-        attempt(part, f"scores, {model.name}", scoring, clock, model, num_keys, voting, "sum", True)
-        attempt(part, f"scores, {model.name}", scoring, clock, model, num_keys, 2 * voting + 1, "max", False)
-        lengths = num_keys // 2, num_keys // 3, voting + 1, num_keys // 5
-        attempt(part, f"scores, {model.name}", scoring_batch, clock, model, lengths, (voting, 1, voting, voting - 2))
-        attempt(part, f"selection, {model.name}", selecting, clock, model, num_keys)
-        attempt(part, f"moving, {model.name}", moving, clock, model, num_keys // 2)
-    missing = have_flashinfer_ext(clock)
-    for full in models(clock.rehearsal) if missing is None else ():
-        model = full._replace(layers=min(LAYERS, full.layers))
-        seconds, what = 8 if clock.flashinfer_is_compiled else COMPILING_SECONDS, f"our FlashInfer decode, {full.name}"
-        if part.has(seconds, what) and part.attempt_optional(OURS_FLASHINFER, what, flashinfer_engine, clock, model):
-            clock.flashinfer_is_compiled = True
-    if missing is not None:
-        part.skip("our FlashInfer decode", missing)
-    part.notes.append(f"{LAYERS} layers of each model; errors are |x - float64| / |float64|")
+        model = full._replace(layers=min(layers, full.layers))
+        num_keys, voting = (90, 5) if clock.small else (20_011, 64)
+        for subject, name, work, *arguments in (
+            (ATTENTION, "decode", decoding, False),
+            (ATTENTION, "replay", replaying, False),
+            (ATTENTION, "no waiting", without_waiting, False),
+            (EXTEND, "extend", extending),
+            (SCORING, "scores", scoring, num_keys, voting, "sum", True),
+            (SCORING, "scores", scoring, num_keys, 2 * voting + 1, "max", False),
+            (SCORING, "scores", scoring_batch, *mixed(num_keys, voting)),
+            (SELECTION, "selection", selecting, num_keys),
+            (MOVING, "moving", moving, num_keys // 2),
+        ):
+            attempt(part, subject, f"{name}, {model.name}", work, clock, model, *arguments)
+    part.notes.append(f"{layers} layers of each model; errors are |x - float64| / |float64|")
 
 
-def flashinfer_engine(part: Part, clock: Clock, model: Model) -> None:
-    """Our FlashInfer engine, and what it shares with FlashInfer's own wrappers."""
-    from benchmarks.gpu.replay import against_flashinfer, replaying, without_waiting
-
-    decoding(part, clock, model, True)
-    replaying(part, clock, model, True)
-    without_waiting(part, clock, model, True)
-    if part.has(15, f"plans against FlashInfer's wrappers, {model.name}"):
-        against_flashinfer(part, model)
+def mixed(num_keys: int, voting: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths and voting rows of the requests of one batch."""
+    return (num_keys // 2, num_keys // 3, voting + 1, num_keys // 5), (voting, 1, voting, voting - 2)

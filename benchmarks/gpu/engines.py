@@ -12,6 +12,7 @@ from benchmarks.gpu.shapes import Model
 from benchmarks.gpu.timing import Clock
 
 OURS, OURS_FLASHINFER = "ours, Triton", "ours, FlashInfer"
+SGLANG_KERNEL = "sglang.kernels.ops.attention.decode_attention"
 FLASHINFER, SGLANG, SDPA = "FlashInfer, stock wrapper", "SGLang, stock Triton decode", "torch SDPA"
 
 
@@ -31,6 +32,10 @@ class Decode:
         shape = model.layers, len(residents.batch.lengths), model.q_heads, model.head_dim
         self.q = torch.randn(shape, dtype=clock.dtype, device=clock.device)
         self.out = torch.full_like(self.q, torch.nan)
+
+    def cells(self, row: int, layer: int) -> torch.Tensor:
+        """What a request of the set attends to, apart from the engine's own lists, int64."""
+        return self.residents.cells(self.of_set * len(self.residents.batch.lengths) + row, layer)
 
 
 def decode_engine(model: Model, size: int, clock: Clock, flashinfer: bool):
@@ -152,14 +157,20 @@ class StockTriton(Decode):
 
 
 class Sdpa(Decode):
-    """``scaled_dot_product_attention`` over contiguous rows of equally long requests."""
+    """``scaled_dot_product_attention`` over contiguous rows of equally long requests: the pool's first
+    ones, whatever the slots are."""
 
     def fresh(self) -> None:
         pass
 
+    def cells(self, row: int, layer: int) -> torch.Tensor:
+        length, device = self.residents.batch.lengths[0], self.residents.pool.device
+        first = (self.of_set * len(self.residents.batch.lengths) + row) * length
+        return torch.arange(first, first + length, device=device) + layer * self.residents.pool.cells_per_layer
+
     def attend(self) -> None:
         size, length = len(self.residents.batch.lengths), self.residents.batch.lengths[0]
-        first = self.of_set * size * length  # of the pool's rows, whatever the slots are
+        first = self.of_set * size * length
         for layer, (k, v) in enumerate(self.residents.pool.storage):
             k, v = (x[first : first + size * length].view(size, length, *x.shape[1:]).transpose(1, 2) for x in (k, v))
             attended = torch.nn.functional.scaled_dot_product_attention(
@@ -181,7 +192,7 @@ def stock_engines(clock: Clock) -> dict[str, Callable[[Residents, Clock], Decode
     """What serves the full cache elsewhere; a string says why one is missing."""
     found: dict[str, Callable | str] = {SDPA: Sdpa}
     found[FLASHINFER] = StockFlashInfer if importable("flashinfer") else "flashinfer is not installed"
-    found[SGLANG] = StockTriton if importable("sglang") else "sglang is not installed"
+    found[SGLANG] = StockTriton if importable(SGLANG_KERNEL) else f"{SGLANG_KERNEL} is not installed"
     if clock.rehearsal:
         found[FLASHINFER] = "it runs on a GPU only"
     return found

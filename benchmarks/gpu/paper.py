@@ -1,4 +1,4 @@
-"""VL-Cache's own protocol: against a Hugging Face-style baseline, and engine against engine.
+"""VL-Cache's own protocol, twice: Hugging Face-style code against itself, and engine against engine.
 
 A decoder with dummy weights of LLaVA-v1.6-Mistral-7B's sizes; the prompt's last 50 tokens vote, one
 token in ten stays, 100 tokens are decoded. The paper's figures stand beside ours as they were read in
@@ -15,9 +15,10 @@ import torch
 from benchmarks.gpu.baseline import Decoder, DynamicCache
 from benchmarks.gpu.compression import flash
 from benchmarks.gpu.correctness import attend, compare, error, kernel
-from benchmarks.gpu.goals import PAPER_DECODE, PAPER_WHOLE, TOGETHER
-from benchmarks.gpu.record import Part
+from benchmarks.gpu.goals import ENGINE_DECODE, ENGINE_WHOLE, PAPER_DECODE, PAPER_WHOLE
+from benchmarks.gpu.record import Part, Ratio
 from benchmarks.gpu.shapes import ALPHA, MISTRAL, TOY_MISTRAL, Batch
+from benchmarks.gpu.subjects import ATTENTION, COMPRESSION, MOVING
 from benchmarks.gpu.timing import Clock, Timing
 from sglang_vlkv.kernels.ragged_attention.rows import RowTable
 
@@ -33,7 +34,21 @@ PAPER = {  # decode speedup, end to end speedup; read in third-party summaries
 }
 # The order in which time is spent, and about how many seconds each takes with all four rows.
 ESTIMATES = {"1x128K": 46, "64x2K": 30, "1x2K": 5, "1x32K": 12, "4x32K": 31}
-GOALS = {("1x128K", "decode, per step"): PAPER_DECODE, ("64x2K", "end to end"): PAPER_WHOLE}
+DECODE, WHOLE = "decode, per step", "end to end"
+GOALS = {
+    ("1x128K", DECODE): {HF_COMPACTED: PAPER_DECODE, ENGINE_COMPACTED: ENGINE_DECODE},
+    ("64x2K", WHOLE): {HF_COMPACTED: PAPER_WHOLE, ENGINE_COMPACTED: ENGINE_WHOLE},
+}
+TOGETHER = "vs HF-style full cache"
+# What a stage of a row rests on; Hugging Face-style rows are plain torch.
+RESTS_ON = {
+    (ENGINE, DECODE): (ATTENTION,),
+    (ENGINE, WHOLE): (ATTENTION,),
+    (ENGINE_COMPACTED, "compression"): COMPRESSION,
+    (ENGINE_COMPACTED, DECODE): (ATTENTION, MOVING),
+    (ENGINE_COMPACTED, WHOLE): (ATTENTION, *COMPRESSION),
+}
+CLOSE = 0.2  # first logits of both paths, after all layers in 16 bits
 
 
 def workloads(rehearsal: bool) -> dict[str, Batch]:
@@ -61,6 +76,9 @@ class Steps:
 def run(part: Part, clock: Clock) -> None:
     model = TOY_MISTRAL if clock.rehearsal else MISTRAL
     outputs = 4 if clock.rehearsal else OUTPUTS
+    for (name, stage), rows in GOALS.items():
+        for row, goal in rows.items():
+            part.expect(goal, name, f"{row}: {stage}")
     decoder = Decoder(model, clock)
     weights = sum(w.numel() for layer in decoder.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
     part.notes.append(
@@ -69,8 +87,9 @@ def run(part: Part, clock: Clock) -> None:
         "repeat_kv, SDPA, eager, by the host's clock. Engine path: preallocated cells, one CUDA graph per step "
         "with embedding, norms and rotary embedding in plain torch, ragged Triton attention, by the host's "
         "clock over all steps. In brackets the paper's own speedup, read in third-party summaries. Prefill is "
-        "measured once per row, the engine path's has no repeat_kv; compression is warm, the faster of two. Three "
-        "ratios: what compression gives either path, what the engine gives without it, and both together"
+        "measured once per row, the engine path's has no repeat_kv; compression is warm, the faster of two. "
+        "Speedups are what compression gives either path, and the goals are about these; the engine against "
+        "Hugging Face-style code is another comparison"
     )
     _warm(decoder, clock)
     done: dict[str, dict[str, Steps]] = {}
@@ -208,6 +227,10 @@ class Engine:
             self.table.fixed[request] = torch.tensor([0, *num_kept]).cumsum(0).int().to(device)
             self.table.first_own[request] = n
 
+    def num_fixed(self) -> list[list[int]]:
+        """Rows that each request's table names in every layer, ``[B][L]``."""
+        return self.table.fixed.diff(dim=1).tolist()
+
     def _step(self) -> None:
         """One token of every request; everything it reads and writes stays on the device."""
         self.seq_lens.add_(1)
@@ -252,6 +275,7 @@ def _workload(
     kept = len(batch.lengths) * round(ALPHA * batch.lengths[0] * model.layers) * model.row_bytes
     prefill, compress = clock.wall(baseline.prefill), _warmed(clock, baseline.compress)
     small, baseline.small = baseline.small, None
+    _count(part, name, HF_COMPACTED, batch, model.layers, [[k.shape[2] for k, _ in small.kv]] * len(batch.lengths))
     seconds, full_logits = _timed(clock, lambda: baseline.decode(small))
     done[HF_COMPACTED] = Steps(prefill, compress, seconds, outputs, kept, True)
     del small
@@ -267,17 +291,20 @@ def _workload(
     engine.reset()
     seconds, logits = _timed(clock, engine.decode)
     done[ENGINE] = Steps(prefill, 0.0, seconds, outputs, full, False)
-    # Both read the same full cache; what 16 bits leave after all layers is coarse. Attention itself is
-    # checked in the parts before.
     close = error(logits, full_logits.double())
-    part.check(f"{name}: first logits of {ENGINE} are those of {HF}", close < 0.2, relative_difference=close)
+    what = f"{name}: first logits of {ENGINE} are those of {HF}"
+    part.check(what, close < CLOSE, about=(same_model(name),), relative_difference=close)
+    with part.about(ATTENTION):
+        _check(part, engine, name, ENGINE)
     compress = _warmed(clock, engine.compress)
+    _count(part, name, ENGINE_COMPACTED, batch, model.layers, engine.num_fixed())
     engine.reset()
     engine.capture()
     engine.reset()
     seconds, logits = _timed(clock, engine.decode)
-    part.check(f"{name}: logits of {ENGINE_COMPACTED} are finite", bool(logits.isfinite().all()))
-    _check_compacted(part, engine, name)
+    with part.about(ATTENTION, MOVING):
+        part.check(f"{name}: logits of {ENGINE_COMPACTED} are finite", bool(logits.isfinite().all()))
+        _check(part, engine, name, ENGINE_COMPACTED)
     done[ENGINE_COMPACTED] = Steps(prefill, compress, seconds, outputs, kept, True)
     _rows(part, name, done, (ENGINE, ENGINE_COMPACTED))
 
@@ -288,10 +315,26 @@ def _warmed(clock: Clock, work: Callable[[], object]) -> float:
     return first if clock.rehearsal else min(clock.wall(work) for _ in range(2))
 
 
-def _check_compacted(part: Part, engine: Engine, name: str) -> None:
-    """One more step: request 0's attention over the prompt's rows that it kept and its own, in two layers.
+def same_model(name: str) -> str:
+    """What a ratio between the two paths rests on beside their rows."""
+    return f"{name}: both paths compute the same"
 
-    The rows are looked up by the positions that selection gave, in the prompt's own slots.
+
+def keeps(name: str, row: str) -> str:
+    return f"{name}: {row}, as many rows as it says"
+
+
+def _count(part: Part, name: str, row: str, batch: Batch, layers: int, kept: list[list[int]]) -> None:
+    """That every request keeps what its budget allows, no less: ``kept`` is ``[B][L]``."""
+    wanted = [round(ALPHA * length * layers) for length in batch.lengths]
+    found = [sum(layers) for layers in kept]
+    part.check(keeps(name, row), found == wanted, about=(keeps(name, row),), kept=found[:4], wanted=wanted[:4])
+
+
+def _check(part: Part, engine: Engine, name: str, what: str) -> None:
+    """One more step: request 0's attention over the prompt's rows that it sees and its own, in two layers.
+
+    Kept rows are looked up by the positions that selection gave, in the prompt's own slots.
     """
     engine.seen = {}
     engine._step()
@@ -299,11 +342,14 @@ def _check_compacted(part: Part, engine: Engine, name: str) -> None:
     heads = torch.arange(engine.model.kv_heads, device=own.device)
     for layer in sorted({0, engine.model.layers - 1}):
         q, out = engine.seen[layer]
-        at = engine.prompt_slots[0][engine.kept[layer]].T  # [kept, Hkv]
+        at = engine.prompt_slots[0][:, None].expand(-1, len(heads))
+        if what == ENGINE_COMPACTED:
+            at = engine.prompt_slots[0][engine.kept[layer]].T  # [kept, Hkv]
         k, v = (torch.cat([cells[at, heads], cells[own]]) for cells in engine.storage[layer])
         reference = attend(q[:1].double(), k.double(), v.double(), engine.model.scale)
-        what = f"{name}: {ENGINE_COMPACTED}, layer {layer}, {len(at)} kept and {len(own)} own rows"
-        compare(part, what, out[:1], reference, attend(q[:1], k, v, engine.model.scale))
+        check = f"{name}: {what}, layer {layer}, {len(at)} rows of the prompt and {len(own)} own ones"
+        compare(part, check, out[:1], reference, attend(q[:1], k, v, engine.model.scale))
+    engine.seen = None
 
 
 def _timed(clock: Clock, work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
@@ -317,28 +363,22 @@ def _timed(clock: Clock, work: Callable[[], torch.Tensor]) -> tuple[float, torch
 def _rows(part: Part, name: str, done: dict[str, Steps], names: tuple[str, ...]) -> None:
     """Four lines per row; the paper's figures beside those that are the paper's comparison."""
     for row in names:
-        steps = done[row]
-        against = {HF_COMPACTED: HF, ENGINE_COMPACTED: ENGINE, ENGINE: HF}.get(row)
-        decode, whole = PAPER[name] if row == HF_COMPACTED else (None, None)
-
-        def versus(stage: str, base: str | None = against) -> dict:
-            return dict(versus=f"{base}: {stage}") if base else {}
-
-        def together(stage: str) -> dict:
-            goals = [GOALS[name, stage]] if (name, stage) in GOALS else []
-            return dict(ratios={TOGETHER: (name, [f"{HF}: {stage}"])}, goals=goals) if row == ENGINE_COMPACTED else {}
-
-        def quoted(figure: float | None) -> dict:
-            return {"paper_speedup": figure} if figure else {}
+        steps, base = done[row], {HF_COMPACTED: HF, ENGINE_COMPACTED: ENGINE}.get(row)
+        quoted = dict(zip((DECODE, WHOLE), PAPER[name])) if row == HF_COMPACTED else {}
 
         def add(stage: str, seconds: float, **more) -> None:
-            part.add(f"{name}", f"{row}: {stage}", Timing.of([seconds]), **more)
+            compacted = [keeps(name, row)] if base and stage != "prefill" else []  # noqa: B023
+            with part.about(*RESTS_ON.get((row, stage), ()), *compacted):  # noqa: B023
+                part.add(name, f"{row}: {stage}", Timing.of([seconds]), **more)  # noqa: B023
 
         add("prefill", steps.prefill)
         if steps.compressed:
             add("compression", steps.compression, share_of=f"{row}: prefill")
-        for stage, seconds, figure in (
-            ("decode, per step", steps.decode / steps.outputs, decode),
-            ("end to end", steps.total, whole),
-        ):
-            add(stage, seconds, kv_bytes=steps.kv_bytes, **versus(stage), **together(stage), **quoted(figure))
+        for stage, seconds in ((DECODE, steps.decode / steps.outputs), (WHOLE, steps.total)):
+            more = {"versus": f"{base}: {stage}"} if base else {}
+            if row in (ENGINE, ENGINE_COMPACTED):
+                more["ratios"] = {TOGETHER: Ratio(name, [f"{HF}: {stage}"], rests_on=[same_model(name)])}
+            if stage in quoted:
+                more["paper_speedup"] = quoted[stage]
+            goals = [goal for of, goal in GOALS.get((name, stage), {}).items() if of == row]
+            add(stage, seconds, kv_bytes=steps.kv_bytes, goals=goals, **more)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import subprocess
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from benchmarks.gpu.subjects import EVERYTHING
 from benchmarks.gpu.timing import Clock, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,28 +35,64 @@ class Deadline:
         return self.end - time.monotonic()
 
 
+class Ratio(NamedTuple):
+    """The time of another row over this one's.
+
+    Attributes:
+        case: of the other row.
+        of: its candidates; the fastest that is there and right counts.
+        needs: one of these candidates has to be there; without it there is no figure.
+        rests_on: what has to be right beside what both rows rest on.
+    """
+
+    case: str
+    of: list[str]
+    needs: list[str] = []
+    rests_on: list[str] = []
+
+
 class Part:
     """One part's results, saved whenever something is added.
 
     Attributes:
-        rows: dictionaries of ``case``, ``row``, ``timing``, what it moved, and what it is held against.
-        checks: dictionaries of ``name``, ``ok`` and the errors behind it.
+        rows: dictionaries of ``case``, ``row``, ``seconds``, what it moved, what it is held against and
+            what it rests on.
+        checks: dictionaries of ``name``, ``ok``, what they are ``about`` and the errors behind it.
+        expected: for each goal, the case and row of everything that it is to be judged by.
         broken: what broke off, with its traceback.
         skipped: sentences.
-        engine: of :meth:`attempt_optional`; beside every row and check that is added meanwhile.
+        ended: the part came to its end.
     """
 
-    engine: str | None = None
+    ended = False
+    _about: tuple[str, ...] | None = None
 
     def __init__(self, name: str, deadline: Deadline, save=lambda: None) -> None:
         self.name, self.deadline, self._save = name, deadline, save
         self.rows: list[dict] = []
         self.checks: list[dict] = []
+        self.expected: dict[str, list[list[str]]] = {}
         self.broken: list[dict] = []
         self.skipped: list[str] = []
         self.notes: list[str] = []
         self.extra: dict = {}
         self.seconds = 0.0
+
+    @contextmanager
+    def about(self, *subjects: str) -> Iterator[None]:
+        """What the checks that are added meanwhile speak for, and the rows rest on.
+
+        Outside, a check speaks for everything and a row rests on nothing of ours.
+        """
+        before, self._about = self._about, subjects
+        try:
+            yield
+        finally:
+            self._about = before
+
+    def expect(self, goal: str, case: str, row: str) -> None:
+        """A row that the goal is to be judged by: while it has no figure, the goal is not met."""
+        self.expected.setdefault(goal, []).append([case, row])
 
     def add(
         self,
@@ -77,14 +116,19 @@ class Part:
         self.rows.append(
             {"case": case, "row": row, "seconds": timing._asdict()}
             | {key: value for key, value in named.items() if value is not None}
-            | ({"engine": self.engine} if self.engine else {})
+            | {"rests_on": list(self._about or ())}
             | extra
         )
         self._save()
 
-    def check(self, name: str, ok: bool, **evidence) -> bool:
-        whose = {"engine": self.engine} if self.engine else {}
-        self.checks.append({"name": name, "ok": bool(ok)} | whose | evidence)
+    def check(self, name: str, ok: bool, about: tuple[str, ...] | None = None, **evidence) -> bool:
+        """
+        Args:
+            about: what is wrong where ``ok`` is not; see :meth:`about` if None.
+        """
+        about = self._about if about is None else about
+        about = [EVERYTHING] if about is None else list(about)
+        self.checks.append({"name": name, "ok": bool(ok), "about": about} | evidence)
         if not ok:
             print(f"  WRONG: {name} {evidence}", flush=True)
         self._save()
@@ -95,33 +139,35 @@ class Part:
         print(f"  skipped {what}: {why}", flush=True)
         self._save()
 
-    def attempt(self, what: str, work, *arguments) -> None:
+    def attempt(self, what: str, work, *arguments) -> bool:
         """Runs ``work(self, *arguments)``; what breaks off, for want of memory say, costs nobody else's time.
 
         It is reported, and the run ends with 1, but it says nothing about any kernel's results.
+
+        Returns:
+            Whether it came to its end.
         """
         try:
             work(self, *arguments)
+            return True
         except Exception:
             self.broken.append({"what": what, "traceback": traceback.format_exc()[-3000:]})
             print(f"  BROKE OFF: {what}: {self.broken[-1]['traceback']}", flush=True)
             self._save()
+            return False
 
     def attempt_optional(self, engine: str, what: str, work, *arguments) -> bool:
         """Runs ``work`` of an engine that need not be there; whether it came to its end.
 
-        What breaks off is skipped, with the reason. A check that fails meanwhile refuses the ratios of
-        this engine's rows, and of those held against them, and no others.
+        What breaks off is skipped, with the reason. Checks that are added meanwhile speak for this engine.
         """
-        self.engine = engine
         try:
-            work(self, *arguments)
+            with self.about(engine):
+                work(self, *arguments)
             return True
         except Exception as error:
             self.skip(what, f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
             return False
-        finally:
-            self.engine = None
 
     def has(self, seconds: float, what: str) -> bool:
         """Whether ``seconds`` are left for ``what``; says so where they are not."""
@@ -133,8 +179,10 @@ class Part:
     def as_json(self) -> dict:
         return {
             "seconds": round(self.seconds, 1),
+            "ended": self.ended,
             "rows": self.rows,
             "checks": self.checks,
+            "expected": self.expected,
             "broken": self.broken,
             "skipped": self.skipped,
             "notes": self.notes,
@@ -214,11 +262,3 @@ def _nvidia_smi() -> dict[str, str]:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-
-def write_json(path: Path, record: dict) -> None:
-    """Replaces the file at once, so that a run that is cut off leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)

@@ -59,8 +59,8 @@ def replaying(part: Part, clock: Clock, model: Model, flashinfer: bool) -> None:
     what = f"{'FlashInfer decode' if flashinfer else 'decode'}, {model.name}, replayed with other lengths"
     for layer in sorted({0, model.layers - 1}):
         for row in range(len(rows) - 1):
-            name, seen = f"{what}, layer {layer}, request {row}", newest(row, layer)
-            attention_sample(part, name, residents, row, layer, step.q[layer, row], replayed[layer, row], newest=seen)
+            name, cells = f"{what}, layer {layer}, request {row}", residents.cells(row, layer, newest(row, layer))
+            attention_sample(part, name, residents.pool, cells, step.q[layer, row], replayed[layer, row])
     eager = Step(residents, rows, seq_lens, clock, flashinfer)
     eager.q = step.q
     eager.run()
@@ -99,19 +99,5 @@ def without_waiting(part: Part, clock: Clock, model: Model, flashinfer: bool) ->
     except RuntimeError as error:
         waited = str(error)
     what = "FlashInfer decode step" if flashinfer else "decode step, selection and compaction"
-    part.check(f"{what}, {model.name}: nothing waits for the device", not waited, error=waited)
-
-
-def against_flashinfer(part: Part, model: Model) -> None:
-    """Plans and outputs against FlashInfer's own wrappers, and extend, as its longer check does."""
-    from flashinfer_ext.check import check_decode, check_extend
-
-    shape = model.q_heads, model.kv_heads, model.head_dim, torch.bfloat16, None
-    for name, found in (("plans", check_decode(shape, 8)), ("extend", check_extend(shape))):
-        for what, value in found.items():
-            if isinstance(value, bool):
-                part.check(f"flashinfer_ext's check of {name}, {model.name}: {what}", value, **_evidence(found))
-
-
-def _evidence(found: dict) -> dict:
-    return {name: found[name] for name in ("deviation", "plans_compared") if name in found}
+    # What waits is slower than it could be, and not wrong.
+    part.check(f"{what}, {model.name}: nothing waits for the device", not waited, about=(), error=waited)

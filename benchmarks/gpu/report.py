@@ -1,14 +1,17 @@
-"""Ratios and tables. Where a kernel is wrong there are no ratios, in the record as in the table."""
+"""Ratios and tables. What is wrong, or was not checked, hides the ratios that rest on it, in the record as in
+the table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from benchmarks.gpu.goals import lines as goal_lines
+from benchmarks.gpu.goals import verdicts
+from benchmarks.gpu.record import Ratio
+from benchmarks.gpu.subjects import EVERYTHING
 
-REFUSED = "not shown: correctness failed"
-REFUSED_ENGINE = "not shown: this engine's results are wrong"
-UNCHECKED = "not shown: correctness was not checked"
+HIDDEN = "not shown"  # how a reason begins
 MEANINGLESS = "–"
 
 
@@ -26,12 +29,7 @@ def checks(record: dict) -> Iterator[dict]:
 def failed(record: dict) -> list[str]:
     """Names of the checks that failed; correctness that broke off has failed."""
     missing = [f"{what} broke off" for name, what in broken(record) if name == "correctness"]
-    return [check["name"] for check in checks(record) if not check["ok"] and "engine" not in check] + missing
-
-
-def failed_optional(record: dict) -> list[str]:
-    """Names of the failed checks of engines that need not be there."""
-    return [check["name"] for check in checks(record) if not check["ok"] and "engine" in check]
+    return [check["name"] for check in checks(record) if not check["ok"]] + missing
 
 
 def broken(record: dict) -> list[tuple[str, str]]:
@@ -39,21 +37,44 @@ def broken(record: dict) -> list[tuple[str, str]]:
     return [(name, one["what"]) for name, part in record["parts"].items() for one in part["broken"]]
 
 
-def why_no_ratios(record: dict) -> str | None:
-    """What stands in place of every ratio, None where they may be shown."""
-    if failed(record):
-        return REFUSED
-    return None if record["parts"].get("correctness", {}).get("checks") else UNCHECKED
+class Trust(NamedTuple):
+    """What the checks of a record say.
+
+    Attributes:
+        wrong: subjects of failed checks.
+        checked: subjects of checks. Those of a correctness part that did not end are not among them.
+    """
+
+    wrong: frozenset[str]
+    checked: frozenset[str]
+
+    @classmethod
+    def of(cls, record: dict) -> Trust:
+        wrong = {about for check in checks(record) if not check["ok"] for about in check["about"]}
+        if any(name == "correctness" for name, _ in broken(record)):
+            wrong.add(EVERYTHING)
+        parts = [part for name, part in record["parts"].items() if name != "correctness" or part["ended"]]
+        return cls(frozenset(wrong), frozenset(about for p in parts for c in p["checks"] for about in c["about"]))
+
+    def refusal(self, rests_on: Iterable[str]) -> str | None:
+        """Why a figure that rests on these is not shown; None where it is."""
+        rests_on = list(rests_on)
+        if not rests_on:
+            return None
+        if wrong := [EVERYTHING] * (EVERYTHING in self.wrong) or [one for one in rests_on if one in self.wrong]:
+            return f"{HIDDEN}: wrong: {', '.join(wrong)}"
+        if unchecked := [one for one in rests_on if one not in self.checked]:
+            return f"{HIDDEN}: not checked: {', '.join(unchecked)}"
+        return None
 
 
-def wrong_engines(record: dict) -> set[str]:
-    """Optional engines of which a result is wrong."""
-    return {check["engine"] for check in checks(record) if not check["ok"] and "engine" in check}
+def _shown(record: dict, part: str) -> list[dict]:
+    return [row for row in record["parts"].get(part, {}).get("rows", []) if "refused" not in row["derived"]]
 
 
 def ceilings(record: dict) -> tuple[float, float] | None:
     """Most bytes and operations per second that were measured; None without that part."""
-    rows = record["parts"].get("ceilings", {}).get("rows", [])
+    rows = _shown(record, "ceilings")
     bandwidth = [row["moved"] / row["seconds"]["p50"] for row in rows if "moved" in row]
     rate = [row["flops"] / row["seconds"]["p50"] for row in rows if "flops" in row]
     return (max(bandwidth), max(rate)) if bandwidth and rate else None
@@ -61,49 +82,65 @@ def ceilings(record: dict) -> tuple[float, float] | None:
 
 def copy_rate(record: dict) -> float | None:
     """Bytes per second, read and written, of a plain copy."""
-    rows = record["parts"].get("ceilings", {}).get("rows", [])
+    rows = _shown(record, "ceilings")
     return next((row["moved"] / row["seconds"]["p50"] for row in rows if row["row"] == "copy"), None)
 
 
 def derive(record: dict) -> None:
-    """Adds to every row its rate and, where all kernels are right, its ratios."""
-    refused_all, best, copy = why_no_ratios(record), ceilings(record), copy_rate(record)
-    wrong = wrong_engines(record)
+    """Adds to every row its rate and what may be shown of its ratios, and to the record its goals."""
+    trust = Trust.of(record)
     for part in record["parts"].values():
-        right = [row for row in part["rows"] if row.get("engine") not in wrong]
-        found = {(row["case"], row["row"]): row for row in right}
         for row in part["rows"]:
-            seconds = row["seconds"]["p50"]
-            derived = row["derived"] = {}
-            refused = refused_all or (REFUSED_ENGINE if row.get("engine") in wrong else None)
-            if refused:
-                derived["refused"] = refused
-            for amount, at in (("moved", 0), ("flops", 1)):
-                if amount in row:
-                    derived[f"{amount}_per_s"] = row[amount] / seconds
-                    if best and not refused:
-                        derived["of_ceiling"] = row[amount] / seconds / best[at]
-            if refused:
-                continue
-            if "moved" in row and copy:
-                derived["of_copy"] = row["moved"] / seconds / copy
-            base = found.get((row["case"], row.get("copied_by")))
-            if base:
-                derived["of_copy_by_index"] = (row["moved"] / seconds) / (base["moved"] / base["seconds"]["p50"])
-            for name, (case, candidates) in row.get("ratios", {}).items():
-                bases = [(found[case, one]["seconds"]["p50"], one) for one in candidates if (case, one) in found]
-                if bases:
-                    base, derived.setdefault("bases", {})[name] = min(bases)
-                    derived.setdefault("ratios", {})[name] = base / seconds
-            names = row.get("versus_best_of") or ([row["versus"]] if "versus" in row else [])
-            case = row.get("versus_case", row["case"])
-            bases = [(found[case, name]["seconds"]["p50"], name) for name in names if (case, name) in found]
-            if bases:
-                base, name = min(bases)
-                derived["speedup"], derived["versus"] = base / seconds, name
-            base = found.get((row["case"], row.get("share_of")))
-            if base:
-                derived["share"] = seconds / base["seconds"]["p50"]
+            refused = trust.refusal(row.get("rests_on", ()))
+            row["derived"] = {"refused": refused} if refused else {}
+    best, copy = ceilings(record), copy_rate(record)
+    for part in record["parts"].values():
+        bases = {(row["case"], row["row"]): row for row in part["rows"]}
+        for row in part["rows"]:
+            _rates(row, best, copy)
+            if "refused" not in row["derived"]:
+                _ratios(row, bases, trust)
+    record["goals"] = {tag: list(found) for tag, found in verdicts(record).items()}
+
+
+def _rates(row: dict, best: tuple[float, float] | None, copy: float | None) -> None:
+    seconds, derived = row["seconds"]["p50"], row["derived"]
+    for amount, at in (("moved", 0), ("flops", 1)):
+        if amount in row:
+            derived[f"{amount}_per_s"] = row[amount] / seconds
+            if best and "refused" not in derived:
+                derived["of_ceiling"] = row[amount] / seconds / best[at]
+    if "moved" in row and copy and "refused" not in derived:
+        derived["of_copy"] = row["moved"] / seconds / copy
+
+
+def _ratios(row: dict, bases: dict[tuple[str, str], dict], trust: Trust) -> None:
+    """What the row is held against; where that is missing or wrong, ``missing`` says so."""
+    seconds, derived, case = row["seconds"]["p50"], row["derived"], row["case"]
+
+    def base(figure: str, ratio: Ratio) -> dict | None:
+        there = [bases[ratio.case, name] for name in ratio.of if (ratio.case, name) in bases]
+        right = [one for one in there if "refused" not in one["derived"]]
+        why = trust.refusal(ratio.rests_on)
+        if not why and ratio.needs and not any(one["row"] in ratio.needs for one in right):
+            why = f"{HIDDEN}: none of {', '.join(ratio.needs)} ran and was right"
+        if not why and not right:
+            why = there[0]["derived"]["refused"] if there else None
+        if why:
+            derived.setdefault("missing", {})[figure] = why
+        return None if why or not right else min(right, key=lambda one: one["seconds"]["p50"])
+
+    if "copied_by" in row and (copied := base("of_copy_by_index", Ratio(case, [row["copied_by"]]))):
+        derived["of_copy_by_index"] = (row["moved"] / seconds) / (copied["moved"] / copied["seconds"]["p50"])
+    for name, ratio in row.get("ratios", {}).items():
+        if found := base(name, Ratio(*ratio)):
+            derived.setdefault("bases", {})[name] = found["row"]
+            derived.setdefault("ratios", {})[name] = found["seconds"]["p50"] / seconds
+    names = row.get("versus_best_of") or ([row["versus"]] if "versus" in row else [])
+    if names and (found := base("speedup", Ratio(row.get("versus_case", case), names))):
+        derived["speedup"], derived["versus"] = found["seconds"]["p50"] / seconds, found["row"]
+    if "share_of" in row and (found := base("share", Ratio(case, [row["share_of"]]))):
+        derived["share"] = seconds / found["seconds"]["p50"]
 
 
 def _cells(row: dict, rehearsal: bool) -> list[str]:
@@ -131,8 +168,11 @@ def _cells(row: dict, rehearsal: bool) -> list[str]:
         "share": lambda: f"{100 * derived['share']:.1f} % of {row['share_of']}",
     }
     for name, wanted in wants.items():
-        cells.append("" if not wanted else refused or (shown[name]() if name in derived else ""))
+        missing = derived.get("missing", {}).get(name, "")
+        cells.append("" if not wanted else refused or (shown[name]() if name in derived else missing))
     more = [f"{ratio:.2f}x {name}" for name, ratio in derived.get("ratios", {}).items()]
+    missing = derived.get("missing", {})
+    more += [f"{name} {missing[name]}" for name in row.get("ratios", {}) if name in missing]
     cells[-2] = "; ".join(filter(None, [cells[-2], *more]))
     if "of_copy_by_index" in derived:
         cells[-3] += f" ({100 * derived['of_copy_by_index']:.0f} % of the copy by index)"
@@ -151,9 +191,20 @@ def brief(record: dict) -> str:
             lines.append(" | ".join([name, cells[0], cells[1], f"{cells[3]} ms", *filter(None, cells[6:9])]))
         lines += [f"{name}: {len(part['skipped'])} skipped"] * bool(part["skipped"])
         lines += [f"{name}: BROKE OFF: {one['what']}" for one in part["broken"]]
-    lines += [f"WRONG: {name}" for name in [*failed(record), *failed_optional(record)][:20]]
+    lines += [f"WRONG: {name}" for name in failed(record)[:20]]
     lines += goal_lines(record)
     return "\n".join(lines)
+
+
+def _wrong(record: dict) -> Iterator[str]:
+    """A line per failed check, with what it hides."""
+    for check in checks(record):
+        if not check["ok"]:
+            hides = f"hides what rests on {', '.join(check['about'])}" if check["about"] else "hides no ratio"
+            yield f"- **FAILED: {check['name']}** ({hides})"
+    for name, what in broken(record):
+        if name == "correctness":
+            yield f"- **BROKE OFF: {what}** (hides what rests on {EVERYTHING})"
 
 
 HEADER = ["case", "row", "ms p20", "p50", "p80", "spread", "rate", "of ceiling", "speedup", "share"]
@@ -176,12 +227,9 @@ def markdown(record: dict) -> str:
     ]
     if rehearsal:
         lines += ["", "**A rehearsal on a CPU with toy sizes: its times mean nothing and are not shown.**"]
-    if wrong := failed(record):
-        lines += ["", f"**{len(wrong)} checks FAILED; no ratio is shown:**", *(f"- {name}" for name in wrong[:40])]
-    else:
-        lines += ["", f"{sum(1 for _ in checks(record))} correctness checks passed."]
-    if wrong := failed_optional(record):
-        lines += ["", "**An optional engine is WRONG; none of its ratios is shown:**", *(f"- {w}" for w in wrong[:40])]
+    if wrong := list(_wrong(record)):
+        lines += ["", *wrong]
+    lines += ["", f"{sum(check['ok'] for check in checks(record))} correctness checks passed."]
     lines += ["", "## Goals", "", *(f"- {line}" for line in goal_lines(record))]
     lines += ["", "Times are of one call. Spread: how far the medians of two batches of repeats are apart."]
     for name, part in record["parts"].items():

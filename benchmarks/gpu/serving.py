@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu.record import Part, importable
 from benchmarks.gpu.shapes import ALPHA, QWEN, TOY_QWEN, Model
+from benchmarks.gpu.subjects import ATTENTION, COMPRESSION, EXTEND, STORM
 from benchmarks.gpu.timing import Clock, Timing
 
 WITHOUT_SGLANG = (
@@ -68,7 +69,7 @@ def checkpoint(folder: Path, model: Model) -> None:
 
 
 def run(part: Part, clock: Clock) -> None:
-    if not importable("sglang"):
+    if not importable("sglang.launch_server"):
         part.skip("serving", WITHOUT_SGLANG)
         return
     with tempfile.TemporaryDirectory(prefix="gpu-serving-") as folder:
@@ -107,8 +108,22 @@ def _serve(part: Part, folder: Path, pool_name: str, tokens: int | None, name: s
         for _ in range(2):
             bursts.append(_burst(server, bodies))
         what = common.policy_of(server)
-        about = {"pool_tokens": tokens, "flags": server.flags, "environment": recorded(server.env)}
-    summarise(part, pool_name, name, bursts, about | {"policy": json.dumps(what)})
+        extra = {"pool_tokens": tokens, "flags": server.flags, "environment": recorded(server.env)}
+    subject = f"{pool_name}, {name}"
+    rests_on = (ATTENTION, EXTEND, *COMPRESSION, STORM) if name == OURS else ()
+    check_server(part, subject, name, bursts)
+    with part.about(*rests_on, subject):
+        summarise(part, pool_name, name, bursts, extra | {"policy": json.dumps(what)})
+
+
+def check_server(part: Part, subject: str, name: str, bursts: list[Burst]) -> None:
+    """That every answer was served as its row says, and is as long as was asked for."""
+    answers = [answer.meta for burst in bursts for answer in burst.answers]
+    served = {meta["kv_policy"]["policy"] if "kv_policy" in meta else STOCK for meta in answers}
+    wanted = {"vlcache" if name == OURS else STOCK}
+    part.check(f"{subject}: its policy served", served == wanted, about=(subject,), served=sorted(served))
+    lengths = {meta["completion_tokens"] for meta in answers}
+    part.check(f"{subject}: answers are whole", lengths == {OUTPUTS}, about=(subject,), lengths=sorted(lengths))
 
 
 def different_pictures(request: int) -> list:

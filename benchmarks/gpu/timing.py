@@ -57,10 +57,12 @@ class Clock:
     """Times work on a CUDA device with its own events.
 
     Attributes:
-        flashinfer_is_compiled: it has run in this process; until then it may compile for a minute.
+        rehearsal: times mean nothing, and models are toys.
+        small: few rows, so that a kernel takes no time.
+        flashinfer_is_compiled: it has run on this machine; until then it may compile for a minute.
     """
 
-    rehearsal = False
+    rehearsal = small = False
     flashinfer_is_compiled = False
 
     def __init__(self) -> None:
@@ -147,10 +149,19 @@ class Clock:
         return time.perf_counter() - start
 
 
+class Small(Clock):
+    """Few rows of real models, nothing captured: for a tool that looks at every access."""
+
+    small = True
+
+    def capture(self, work: Callable[[], object], times: int = 1) -> Callable[[], None]:
+        return work
+
+
 class Rehearsal(Clock):
     """Runs the same code at toy sizes on the CPU, kernels in Triton's interpreter."""
 
-    rehearsal = True
+    rehearsal = small = True
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

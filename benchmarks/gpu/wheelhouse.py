@@ -1,25 +1,31 @@
 """Packages for a GPU host without a network, in pieces: ``python -m benchmarks.gpu.wheelhouse PROFILE``.
 
-Downloads wheels for the host's Python from the package indexes that pip is configured with, joins
-them into one archive, and cuts that into pieces of at most 60 MB with a manifest of SHA-256 sums and
-an ``install.py`` that needs nothing but Python and pip: it joins, verifies, unpacks and installs
-into a folder, without an index and without dependencies.
+Downloads wheels for the host's Python from the package indexes that pip is configured with, leaves out
+what the benchmark does not use, joins them into one archive, and cuts that into pieces of at most 28 MB
+with a manifest of SHA-256 sums and an ``install.py`` that needs nothing but Python and pip: it joins,
+verifies, unpacks and installs into a folder, without an index and without dependencies.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+from base64 import urlsafe_b64encode
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-PIECE_BYTES = 60_000_000
+PIECE_BYTES = 28_000_000
+PRUNED = "+pruned"  # behind the version of a wheel that is not whole
 MANIFEST, ARCHIVE = "manifest.json", "wheels.tar"
 PYTHON = "3.12"
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 24, 17)] + [
@@ -34,19 +40,70 @@ class Profile(NamedTuple):
         requirements: what is named.
         resolve: whether pip adds what they need; else they are all.
         note: what the host has to bring.
+        prune: whether :data:`PRUNINGS` apply.
     """
 
     requirements: tuple[str, ...]
     resolve: bool
     note: str
+    prune: bool = False
 
+
+def flashinfer_keeps(name: str) -> bool:
+    """What importing FlashInfer, and compiling its paged decode and prefill (FA2), reads."""
+    if name.startswith("flashinfer/data/"):
+        return name.removeprefix("flashinfer/data/").startswith(
+            ("include/", "cccl/libcudacxx/include/", "csrc/batch_decode", "csrc/batch_prefill", "csrc/tvm_ffi_utils.h")
+        )
+    if name.startswith("flashinfer/experimental/"):
+        return name.count("/") == 2 or name.startswith("flashinfer/experimental/cake_nvfp4_per_token/")
+    return name.startswith("flashinfer/") and not name.startswith("flashinfer/moe_ep/")
+
+
+SGLANG_KERNELS = "sglang/kernels/ops/attention/"
+SGLANG_FILES = ("decode_attention.py", "metadata.py", "score_mod.py")
+
+
+def sglang_keeps(name: str) -> bool:
+    """The stock Triton decode kernel, which needs no more of SGLang than :data:`SGLANG_STUBS`."""
+    return name.startswith(SGLANG_KERNELS) and name.removeprefix(SGLANG_KERNELS) in SGLANG_FILES
+
+
+SGLANG_STUBS = {
+    "sglang/__init__.py": '"""Only the stock Triton decode kernel: the rest of SGLang is not here."""\n',
+    "sglang/kernels/__init__.py": "",
+    "sglang/kernels/ops/__init__.py": "",
+    "sglang/kernels/ops/attention/__init__.py": "",
+    "sglang/srt/__init__.py": "",
+    "sglang/srt/environ.py": "envs = None  # of kernels that are not used here\n",
+    "sglang/srt/utils.py": """import torch
+
+
+def is_hip():
+    return False
+
+
+is_gfx95_supported = is_gfx1250_supported = is_hip
+
+
+def get_device_core_count(device_id=0):
+    return torch.cuda.get_device_properties(device_id).multi_processor_count
+""",
+}
+
+# By distribution, as wheels spell it: what stays of its files, and what is added.
+PRUNINGS: dict[str, tuple[Callable[[str], bool], dict[str, str]]] = {
+    "flashinfer_python": (flashinfer_keeps, {}),
+    "sglang": (sglang_keeps, SGLANG_STUBS),
+}
 
 PROFILES = {
-    "flashinfer": Profile(
+    "kernels": Profile(
         # FlashInfer imports without its CuTe DSL, cuDNN, NCCL and cuTile backends, which decoding on
         # Hopper does not use; torch, numpy and CUDA's compiler are the host's. torch-c-dlpack-ext
         # spares apache-tvm-ffi a compilation when it is first imported.
         (
+            "sglang==0.5.23",
             "flashinfer-python==0.7.2",
             "apache-tvm-ffi==0.1.11",
             "torch-c-dlpack-ext==0.1.5",
@@ -66,8 +123,10 @@ PROFILES = {
             "typing-extensions",
         ),
         False,
-        "torch 2.11+, numpy and nvcc 13 must be there; its kernels are compiled at their first use, about a "
-        "minute each, so warm them before timing.",
+        "FlashInfer's paged decode and prefill, and SGLang's Triton decode kernel alone. torch 2.11+, numpy and nvcc "
+        "13 must be there; FlashInfer's kernels are compiled at their first use, about a minute each on 16 cores, "
+        "but for those that --kernels brought.",
+        True,
     ),
     "sglang": Profile(
         ("sglang==0.5.23", "torch==2.14.1", "sglang-kernel==0.4.10"),
@@ -140,6 +199,52 @@ def download(profile: Profile, folder: Path) -> None:
     subprocess.run([*command, *profile.requirements], check=True)
 
 
+def prune(wheel: Path, kept: Callable[[str], bool], added: dict[str, bytes]) -> Path:
+    """Puts a wheel of fewer files in the place of ``wheel``; its version says so."""
+    name, version, *tags = wheel.name.split("-")
+    pruned = wheel.with_name("-".join([name, version + PRUNED, *tags]))
+    before, info = (f"{name}-{version}{label}.dist-info/" for label in ("", PRUNED))
+    record = io.StringIO()
+    rows = csv.writer(record, lineterminator="\n")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(pruned, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as new:
+
+        def add(path: str, content: bytes) -> None:
+            new.writestr(zipfile.ZipInfo(path), content, zipfile.ZIP_DEFLATED)  # of no date: the same every time
+            checksum = urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            rows.writerow([path, f"sha256={checksum}", len(content)])
+
+        for path in sorted(old.namelist()):
+            if path == f"{before}METADATA":
+                text = old.read(path).decode()
+                add(f"{info}METADATA", text.replace(f"\nVersion: {version}\n", f"\nVersion: {version}{PRUNED}\n").encode())
+            elif path.startswith(before):
+                if path not in (f"{before}RECORD", f"{before}entry_points.txt"):
+                    add(path.replace(before, info), old.read(path))
+            elif kept(path) and path not in added:
+                add(path, old.read(path))
+        for path, content in added.items():
+            add(path, content)
+        new.writestr(zipfile.ZipInfo(f"{info}RECORD"), record.getvalue() + f"{info}RECORD,,\n")
+    wheel.unlink()
+    return pruned
+
+
+def prune_all(folder: Path, kernels: Path | None) -> None:
+    """Applies :data:`PRUNINGS` to the wheels of a folder.
+
+    Args:
+        kernels: what FlashInfer compiled for the host's device (``cached_ops`` in its cache), to go along.
+    """
+    compiled = {
+        f"flashinfer/data/aot/{library.stem}/{library.name}": library.read_bytes()
+        for library in sorted(kernels.glob("*/*.so") if kernels else ())
+    }
+    for name, (kept, added) in PRUNINGS.items():
+        more = {path: text.encode() for path, text in added.items()} | (compiled if name == "flashinfer_python" else {})
+        (wheel,) = folder.glob(f"{name}-*.whl")
+        prune(wheel, kept, more)
+
+
 def digest(path: Path) -> str:
     total = hashlib.sha256()
     with path.open("rb") as file:
@@ -188,13 +293,18 @@ def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", choices=PROFILES)
-    parser.add_argument("--out", type=Path, required=True, help="an empty folder, outside the repository")
+    parser.add_argument("--out", type=Path, required=True, help="an empty folder that git does not track")
+    parser.add_argument("--kernels", type=Path, help="FlashInfer's cached_ops for the host's device, to go along")
     args = parser.parse_args()
     profile = PROFILES[args.profile]
+    if args.kernels and not any(args.kernels.glob("*/*.so")):
+        parser.error(f"{args.kernels} holds no compiled kernels; python -m flashinfer_ext.check --compile makes them")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty")
     with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
         download(profile, Path(folder))
+        if profile.prune:
+            prune_all(Path(folder), args.kernels)
         wheels = sorted(Path(folder).glob("*.whl"))
         free = shutil.disk_usage(args.out.parent).free
         if free < 3 * (needed := sum(wheel.stat().st_size for wheel in wheels)):
