@@ -73,11 +73,11 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
     settings = _settings()
     if settings is None:
         return
-    from sglang_vlkv import plugin
     from sglang_vlkv.attention.layers import unserved
     from sglang_vlkv.cache.pool import CellPool
     from sglang_vlkv.cache.radix import TwinRadixCache
     from sglang_vlkv.cache.ranks import Ranks
+    from sglang_vlkv.compatibility import hooks_missing
     from sglang_vlkv.scheduler.compaction import Compactor
     from sglang_vlkv.scheduler.planning import Planner
     from sglang_vlkv.scheduler.report import ReportingOutputStreamer
@@ -94,7 +94,7 @@ def arm(_result, scheduler, *args, **kwargs) -> None:
         ),
     }
     wrong = [f"{part} {have}" for part, (have, *wanted) in found.items() if have not in wanted]
-    wrong += [f"unpatched {target}" for target in plugin.hooks_missing()]
+    wrong += [f"unpatched {target}" for target in hooks_missing()]
     if wrong:
         raise RuntimeError(
             "--kv-policy is set but SGLang runs " + "; ".join(wrong) + ". Another plugin may have "
