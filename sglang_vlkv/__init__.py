@@ -6,4 +6,4 @@ plugin entry point.
 
 __version__ = "0.1.0"
 
-SUPPORTED_SGLANG = "0.5.23"
+TESTED_SGLANG = ("0.5.23",)  # oldest first

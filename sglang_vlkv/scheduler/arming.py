@@ -9,11 +9,11 @@ import torch
 from sglang.srt.disaggregation.kv_events import is_kv_publisher_rank, select_kv_publisher_dp_rank
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_vlkv import plugin
 from sglang_vlkv.attention.layers import unserved
 from sglang_vlkv.cache.pool import CellPool
 from sglang_vlkv.cache.radix import TwinRadixCache
 from sglang_vlkv.cache.ranks import Ranks
+from sglang_vlkv.compatibility import hooks_missing
 from sglang_vlkv.observe import publisher
 from sglang_vlkv.observe.metrics import Metrics
 from sglang_vlkv.observe.publisher import Publisher
@@ -75,7 +75,7 @@ def _check_parts(scheduler) -> None:
         ),
     }  # fmt: skip
     wrong = [f"{part} {have}" for part, (have, *wanted) in found.items() if have not in wanted]
-    wrong += [f"unpatched {target}" for target in plugin.hooks_missing()]
+    wrong += [f"unpatched {target}" for target in hooks_missing()]
     if wrong:
         raise RuntimeError(
             "--kv-policy is set but SGLang runs " + "; ".join(wrong) + ". Another plugin may have "
