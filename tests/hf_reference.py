@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tests.equality import largest_deviation
 from tests.prompts import Prompt
+from tests.rounding import usual
 from tests.serving import CHECKPOINT
 
 torch.set_num_threads(1)  # threads that wait for each other starve the servers beside them
@@ -60,6 +63,25 @@ class Reference:
         tokens = out.sequences[0, length:].tolist()
         logprobs = [logits[0].log_softmax(-1) for logits in out.logits]
         return self._answer(tokens, logprobs)
+
+    def rounding(self, prompt: Prompt, num_tokens: int) -> float:
+        """How far the rounding of another library may move an answer's logprobs."""
+        answer = self.generate(prompt, num_tokens)
+        with self._shaken():
+            return largest_deviation(answer, self.generate(prompt, num_tokens))
+
+    @contextmanager
+    def _shaken(self):
+        """Every weight is off by what a row of its matrix times a vector may be off by."""
+        weights, generator = list(self.model.parameters()), torch.Generator().manual_seed(0)
+        before = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for weight in weights:
+                sign = 2 * torch.randint(2, weight.shape, generator=generator) - 1
+                weight.mul_(1 + usual(weight.shape[-1]) * sign)
+            yield
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
 
     def _restrict(self, kept: list[list[list[int]]], length: int) -> list:
         """Masks, layer by layer and head by head, what decoding must not see of the prompt."""

@@ -9,10 +9,9 @@ from sglang_vlkv.policies.vlcache import VLCache
 from sglang_vlkv.stages import merging
 from sglang_vlkv.stages.merging import bucket_means, merge
 from tests import naive
+from tests.rounding import assert_mean
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-# How far a mean taken in float32 may be from the exact one once it is rounded to the dtype.
-ROUNDING = {torch.float32: 2.0**-20, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-11}
 
 
 def policy_of(how: str, sinks: int = 0, threshold: float = 0.0) -> VLCache:
@@ -40,8 +39,7 @@ def assert_merged(how, k, v, kept, sinks=0, threshold=0.0) -> list[list[list[int
         for x, ours in zip((k, v), merged, strict=True):
             assert ours.dtype == x.dtype and ours.shape == (len(positions), *x.shape[1:])
             for row, members in enumerate(everything[-1]):
-                exact = naive.mean_matrix([x[j, head].double() for j in members])
-                torch.testing.assert_close(ours[row, head].double(), exact, rtol=ROUNDING[x.dtype], atol=1e-6)
+                assert_mean(ours[row, head], x[members, head])
                 if len(members) == 1:
                     bits = BITS[x.dtype]
                     assert torch.equal(ours[row, head].view(bits), x[members[0], head].view(bits))

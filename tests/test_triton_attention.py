@@ -13,7 +13,8 @@ from sglang_vlkv.kernels.ragged_attention import indices as index_module
 from sglang_vlkv.kernels.ragged_attention import reference
 from sglang_vlkv.kernels.ragged_attention.rows import RowTable
 from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode, RaggedIndices, ragged_extend
-from tests.test_kernels import NAN, assert_as_accurate_as_torch, normal
+from tests.rounding import assert_attended
+from tests.test_kernels import NAN, normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -204,15 +205,18 @@ def test_decode_attends_to_its_own_cells_and_reads_no_other(dtype, hq, hkv, dim)
             if start == end:
                 assert (out[one] == 0).all()
             else:
-                assert_as_accurate_as_torch(out[one], q[one], k[cells], v[cells], scale)
+                assert_attended(out[one], q[one], k[cells], v[cells], scale)
 
 
 def test_decode_agrees_with_the_loops():
     indptr, indices, k, v = ragged([[63, 1, 200]], 2, 100, torch.float32)
     q = normal(3, 8, 100)
     out = planned(indptr, 8, 2, 100).run(0, q, k, v, indptr, indices, 0.1)
-    lists = [indices[start:end] for start, end in zip(indptr[0], indptr[0, 1:])]
-    torch.testing.assert_close(out, reference.ragged_decode(q, k, v, lists, 0.1))
+    lists = [indices[start:end].long() for start, end in zip(indptr[0], indptr[0, 1:])]
+    loops = reference.ragged_decode(q, k, v, lists, 0.1)
+    for request, cells in enumerate(lists):
+        for attended in (out, loops):
+            assert_attended(attended[request, None], q[request, None], k[cells], v[cells], 0.1)
 
 
 def test_large_logits_neither_overflow_nor_lose_the_smaller_chunks(monkeypatch):
@@ -221,7 +225,7 @@ def test_large_logits_neither_overflow_nor_lose_the_smaller_chunks(monkeypatch):
     indptr, indices, k, v = ragged([[700]], 1, 64, torch.float32)
     q, cells = normal(1, 2, 64) * 1000, indices[:700].long()
     out = planned(indptr, 2, 1, 64, num_sms=4).run(0, q, k, v, indptr, indices, 1.0)
-    assert_as_accurate_as_torch(out, q, k[cells], v[cells], 1.0)
+    assert_attended(out, q, k[cells], v[cells], 1.0)
 
 
 def test_decode_reads_queries_between_others_and_converts_a_pool_of_another_dtype():
@@ -306,7 +310,7 @@ def test_extend_attends_causally_behind_any_prefix(requests, dtype, hq, hkv, dim
         mine = slice(*qo_indptr[request : request + 2].tolist())
         cells = indices[indptr[1, request] : indptr[1, request + 1]].long()
         if new:
-            assert_as_accurate_as_torch(out[mine], q[mine], k[cells], v[cells], scale)
+            assert_attended(out[mine], q[mine], k[cells], v[cells], scale)
 
 
 def test_extend_agrees_with_the_loops_and_does_not_see_the_future():
@@ -315,7 +319,11 @@ def test_extend_agrees_with_the_loops_and_does_not_see_the_future():
     q = torch.full((37, 9, 20), NAN)[:, 2:8].copy_(normal(37, 6, 20))
     arguments = qo_indptr, indptr[0], indices, 0.3
     before = ragged_extend(q, k, v, *arguments, 99)
-    torch.testing.assert_close(before, reference.ragged_extend(q, k, v, *arguments))
+    loops = reference.ragged_extend(q, k, v, *arguments)
+    for queries, rows in ((slice(0, 12), slice(0, 40)), (slice(12, 37), slice(40, 65))):
+        cells = indices[rows].long()
+        for attended in (before, loops):
+            assert_attended(attended[queries], q[queries], k[cells], v[cells], 0.3)
     future = indices[34:40].long()
     k[future], v[future] = 1e3, 1e6
     after = ragged_extend(q, k, v, *arguments, 25)
@@ -329,7 +337,7 @@ def test_queries_without_rows_are_zero():
     qo_indptr, q = torch.tensor([0, 5, 7], dtype=torch.int32), normal(7, 2, 16)
     out = ragged_extend(q, k, v, qo_indptr, indptr[0], indices, 0.3, 5)
     assert (out[[0, 1, 5, 6]] == 0).all()
-    assert_as_accurate_as_torch(out[2:5], q[2:5], k[indices[:3].long()], v[indices[:3].long()], 0.3)
+    assert_attended(out[2:5], q[2:5], k[indices[:3].long()], v[indices[:3].long()], 0.3)
 
 
 def test_extend_refuses_offsets_that_it_cannot_read():

@@ -12,6 +12,7 @@ from sglang_vlkv import kernels
 from sglang_vlkv.kernels.compaction import triton as compaction
 from sglang_vlkv.kernels.post_vision import triton as post_vision
 from sglang_vlkv.kernels.selection import triton as selection
+from tests.rounding import assert_scored
 from tests.test_kernels import NAN, count, normal, twins
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,28 +37,6 @@ def in_a_pool(k: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pool, slots
 
 
-def exact_attention(q, k, scale, rows) -> torch.Tensor:
-    """``[Hkv, G, R, n]`` in the inputs' dtype: row i sees the keys up to ``rows[i]``."""
-    hkv = k.shape[1]
-    grouped = q.unflatten(1, (hkv, -1)).permute(1, 2, 0, 3)
-    logits = grouped @ k.permute(1, 2, 0)[:, None] * scale
-    seen = torch.arange(len(k)) <= rows[:, None]
-    return logits.masked_fill(~seen, -math.inf).softmax(-1)
-
-
-def assert_scored(scores, zeros, q, k, scale, p, reduce, rows) -> None:
-    """At most twice the error of plain PyTorch in float32, and zeros up to what rounding can turn around."""
-    weights = exact_attention(q.double(), k.double(), scale, rows)
-    plain = exact_attention(q.float(), k.float(), scale, rows)
-    exact, plain = (x.sum((1, 2)) if reduce == "sum" else x.amax((1, 2)) for x in (weights, plain))
-    rounding = 2.0**-23 * exact.norm()  # of the result itself
-    assert (scores - exact).norm() <= 2 * (plain - exact).norm() + rounding
-    torch.testing.assert_close(scores, exact.float(), rtol=1e-5, atol=1e-6)
-    seen, relative = torch.arange(len(k)) <= rows[:, None], weights / weights.amax(-1, keepdim=True)
-    low, high = (int(((relative < p * slack) & seen).sum()) for slack in (1 - 1e-5, 1 + 1e-5))
-    assert low <= zeros <= high
-
-
 @twins("post_vision")
 @pytest.mark.parametrize("rows", [None, [2, 3, 3, 40, 62]])
 @pytest.mark.parametrize("dtype, slot_dtype", [(torch.float32, torch.int32), (torch.bfloat16, torch.int64)])
@@ -72,8 +51,7 @@ def test_keys_are_read_through_their_slots_and_no_other(kernel, reduce, rows, dt
     gathered = kernel.post_vision_scores(q, k, *args)
     assert torch.equal(through.scores, gathered.scores)
     assert count(through.zeros) == count(gathered.zeros) and count(through.entries) == count(gathered.entries)
-    positions = torch.arange(63 - len(q), 63) if rows is None else rows
-    assert_scored(through.scores, count(through.zeros), q, k, scale, 0.05, reduce, positions)
+    assert_scored(through.scores, count(through.zeros), q, k, scale, 0.05, reduce, rows)
 
 
 # Voting rows and keys of each request: one of each, more rows than a tile, nobody votes, no keys.
@@ -124,13 +102,13 @@ def test_scores_hardly_depend_on_how_the_keys_are_split(monkeypatch, num_splits,
     q, k = normal(5, 14, 64) * strength, normal(90, 2, 64, seed=1)
     monkeypatch.setattr(post_vision, "PROGRAMS", num_splits * 2 * math.ceil(5 * 7 / 16))
     result = post_vision.post_vision_scores(q, k, 0.1, 0.01)
-    assert_scored(result.scores, int(result.zeros), q, k, 0.1, 0.01, "sum", torch.arange(85, 90))
+    assert_scored(result.scores, count(result.zeros), q, k, 0.1, 0.01)
 
 
 def test_operands_of_two_types_are_multiplied_in_float32():
     q, k = normal(5, 4, 100) * 3, normal(63, 2, 100, seed=1, dtype=torch.bfloat16)
     result = post_vision.post_vision_scores(q, k, 0.1, 0.05)
-    assert_scored(result.scores, int(result.zeros), q, k, 0.1, 0.05, "sum", torch.arange(58, 63))
+    assert_scored(result.scores, count(result.zeros), q, k, 0.1, 0.05)
 
 
 def scores_of(kind: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
