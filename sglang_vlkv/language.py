@@ -50,6 +50,12 @@ class Endpoint(sgl.RuntimeEndpoint):
     def generate_stream(self, s, sampling_params: SglSamplingParams):
         return super().generate_stream(s, self._chosen(sampling_params))
 
+    def _add_images(self, s, data: dict) -> None:
+        """As a data URL: of base64 alone the server takes a JPEG's, which begins with a slash, for a path."""
+        super()._add_images(s, data)
+        if isinstance(picture := data.get("image_data"), str):
+            data["image_data"] = f"data:image/*;base64,{picture}"
+
     def _chosen(self, params: SglSamplingParams) -> SglSamplingParams:
         return _Chosen(**vars(params), custom_params=self.custom_params) if self.custom_params else params
 

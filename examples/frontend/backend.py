@@ -61,7 +61,7 @@ def connect(description: str, arguments: list[str] | None, **defaults) -> argpar
         elif isinstance(default, tuple):
             rest, default = {"choices": default}, default[0]
         else:
-            rest = {"type": {Path: Path, int: values.whole(), str: str}[type(default)]}
+            rest = {"type": values.whole() if isinstance(default, int) else type(default)}
         parser.add_argument(f"--{name}", default=default, help="default: %(default)s", **rest)
     options = parser.parse_args(arguments)
     if "picture" in options:
@@ -95,6 +95,8 @@ def served() -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     """What a server has said instead of what SGLang's client expected."""
+    if isinstance(error, KeyError):
+        return "what it sent SGLang's client does not understand; the server's log says more."
     said = error.args[0] if error.args else error
     said = said.get("error", said) if isinstance(said, dict) else said
     return str(said["message"] if isinstance(said, dict) and "message" in said else said)[:1000]

@@ -6,13 +6,15 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from sglang_vlkv.frontend.reports import ReportStore
 from sglang_vlkv.options import config
 from sglang_vlkv.scheduler.report import KEY
 
 HEADER = "X-KV-Policy-Request"
+CHOICES = "/choices"  # behind an id
 _NAME = "kv_policy_request"  # in an HTTP request's state
 _store = ReportStore()
 
@@ -45,6 +47,13 @@ async def keep_reports(answers: AsyncGenerator, request_ids: tuple[str, ...]) ->
             yield answer
 
 
+class AnyId(PathConvertor):
+    """An id in a path, whatever a client has chosen: slashes and ends of lines too."""
+
+    NAME = "kv_policy_id"
+    regex = "(?s:.*)"
+
+
 class TellName:
     """ASGI middleware that tells a client the id of its request, also before a stream begins."""
 
@@ -70,6 +79,7 @@ def add(server_args, *_, **__) -> None:
     from sglang.srt.entrypoints import http_server
 
     app = http_server.app
+    register_url_convertor(AnyId.NAME, AnyId())
     missing = {404: {"description": "Unknown, not finished, expired, or no KV policy on this server."}}
     if config.settings_of(server_args) is not None:
         app.add_middleware(TellName)
@@ -85,16 +95,20 @@ def add(server_args, *_, **__) -> None:
         return {name: sum(count[name] for count in counts) for name in counts[0] if name != "ranks"}
 
     @app.get(
-        "/kv_policy/requests/{request_id:path}/choices",
+        f"/kv_policy/requests/{{request_id:{AnyId.NAME}}}{CHOICES}",
         tags=["kv_policy"], summary="Report every choice", responses=missing,
     )  # fmt: skip
-    async def kv_policy_choices(request_id: str):
+    async def kv_policy_choices(request: Request, request_id: str):
         """The reports of all choices of a request (`n`, or several prompts), in their order; null
         for those that have not finished."""
-        return _found(request_id, _store.choices(request_id))
+        whole = request_id + CHOICES  # may be an id too; then its slash is percent-encoded
+        found = [_store.choices(request_id), _store.get(whole)]
+        if not request.scope.get("raw_path", b"").endswith(CHOICES.encode()):
+            found.reverse()
+        return _found(whole, next((one for one in found if one is not None), None))
 
     @app.get(
-        "/kv_policy/requests/{request_id:path}",
+        f"/kv_policy/requests/{{request_id:{AnyId.NAME}}}",
         tags=["kv_policy"], summary="Report a request", responses=missing,
     )  # fmt: skip
     async def kv_policy_report(request_id: str):
