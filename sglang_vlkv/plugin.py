@@ -54,6 +54,11 @@ HOOKS = (
         "the pool of cells",
     ),
     Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes", AFTER,
+        "sglang_vlkv.scheduler.wiring:pool_budget", ("self", "pre_model_load_memory"),
+        "index lists and workspaces are made after the pool, and must find room beside it",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.__init__", AFTER,
         "sglang_vlkv.scheduler.wiring:arm", ("self", "server_args"),
         "planner and compactor, once the scheduler has a tokenizer",
@@ -197,6 +202,7 @@ USES = {
         "select_kv_publisher_dp_rank": "attn_dp_size attn_dp_rank dp_rank",
     },
     "sglang.srt.runtime_context": {
+        "attention_backends": "",
         "get_exec": "",
         "get_parallel": "",
         "num_dp_ranks_of": "cfg",
@@ -223,6 +229,9 @@ USES = {
         "MHATokenToKVPool._kv_buffer_shapes": "self",
         "MHATokenToKVPool.set_kv_buffer": "self layer loc_info cache_k cache_v",
         "KVWriteLoc.for_batch": "forward_batch",
+    },
+    "sglang.srt.mem_cache.kv_cache_configurator": {
+        "KVCacheConfigurator.resolve_max_num_reqs": "self token_capacity",
     },
     "sglang.srt.mem_cache.registry": {
         "register_radix_cache_backend": "name factory",
