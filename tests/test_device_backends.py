@@ -13,12 +13,14 @@ import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.runtime_context import get_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from sglang_vlkv.attention import device
+from sglang_vlkv.attention import device, memory
 from sglang_vlkv.attention.torch_native import RaggedTorchNativeBackend
 from sglang_vlkv.attention.triton import RaggedDecode, TritonDecode
 from sglang_vlkv.cache.pool import CellPool
@@ -314,17 +316,71 @@ def test_a_decode_step_reads_nothing_on_the_host(world, monkeypatch):
 def test_index_lists_take_a_64th_of_the_pool(bytes_per_slot, times):
     """Unless one entry per cell takes more: every request must fit on its own."""
     slots, layers = 400_000, 28
-    storage = SimpleNamespace(nbytes=slots * bytes_per_slot)
-    pool = SimpleNamespace(layer_num=layers, cells_per_layer=2 * slots, storage=storage)
     expected = times * slots * layers + (31 * layers if times == 1 else 0)
-    assert device._capacity(pool, padding=31) == expected
+    assert memory.list_capacity(layers, slots, bytes_per_slot, padding=31) == expected
+
+
+SHAPES = {
+    "Qwen2.5-VL-7B": memory.Shape(28, 2049, 28, 4, 128, torch.bfloat16, torch.bfloat16),
+    "Qwen2.5-VL-3B": memory.Shape(36, 4097, 16, 2, 128, torch.bfloat16, torch.bfloat16),
+    "LLaVA-1.5-7B": memory.Shape(32, 301, 32, 32, 128, torch.float16, torch.float16),
+    "one small head": memory.Shape(12, 65, 4, 1, 64, torch.float16, torch.float16),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("backend", ["triton", "fa3", "flashinfer"])
+@pytest.mark.parametrize("gigabytes", [4, 60])
+def test_the_pool_leaves_room_for_what_lies_beside_it(shape, backend, gigabytes):
+    budget = gigabytes << 30
+    pool = memory.pool_budget(budget, shape, backend, num_sms=132)
+    slots = pool // shape.slot_bytes
+    lists = memory.list_capacity(shape.num_layers, slots, shape.slot_bytes, shape.max_requests - 1)
+    named = memory.NAMED * slots * shape.num_layers  # cells of compacted requests
+    held = pool + 4 * (lists + named) + memory.fixed_bytes(shape, backend, num_sms=132)
+    assert 0.998 * budget < held <= budget
+
+
+def test_what_is_counted_beside_the_pool_is_what_is_made(world):
+    made = *world.device._rows.table, world.device._indices.indptr, *vars(world.device._kernel).values()
+    held = sum(x.nbytes for x in made if isinstance(x, torch.Tensor))
+    shape = memory.Shape(LAYERS, ROWS + 1, HEADS * GROUP, HEADS, DIM, torch.float32, torch.float32)
+    assert held == memory.fixed_bytes(shape, "triton", num_sms=1)
+    assert shape.slot_bytes == world.pool.slot_bytes
+
+
+@pytest.mark.parametrize("armed, on", [(True, "cuda"), (False, "cuda"), (True, "cpu")])
+def test_the_pool_is_sized_of_what_is_left(monkeypatch, armed, on):
+    """SGLang's own configurator says for how many requests there are rows."""
+    configurator = KVCacheConfigurator.__new__(KVCacheConfigurator)
+    model = dict(num_attention_heads=28, get_num_kv_heads=lambda size: 4, head_dim=128, dtype=torch.bfloat16)
+    fields = dict(
+        model_config=SimpleNamespace(**model, context_len=32_768),
+        layer_info=SimpleNamespace(num_effective_layers=28),
+        kv_cache_dtype=torch.bfloat16,
+        mambaish_config=None,
+        attn_dp_size=1,
+        device=on,
+        gpu_id=0,
+    )
+    for name, value in fields.items():
+        object.__setattr__(configurator, name, value)
+    monkeypatch.setattr(wiring, "_settings", lambda: object() if armed else None)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    backend = dict.fromkeys(("attention_backend", "decode_attention_backend"), "triton")
+    with get_context().override_server_args(**backend):
+        left = wiring.pool_budget(60 << 30, configurator, 79.0)
+    shape = SHAPES["Qwen2.5-VL-7B"]._replace(max_requests=4097)
+    expected = memory.pool_budget(60 << 30, shape, "triton", 132)
+    assert left == (expected if armed and on == "cuda" else 60 << 30) and expected < 59.2 * (1 << 30)
 
 
 @pytest.mark.parametrize(
     "sizes, padding", [([], 0), ([1], 0), ([8], 7), ([1, 2, 4, 8, 12], 3), ([1, 512], 510), ([1, 2, 300, 512], 297)]
 )
 def test_padding_is_what_the_captured_sizes_leave(sizes, padding):
-    assert device.most_padding(sizes) == padding
+    assert memory.most_padding(sizes) == padding
     largest = max(sizes, default=0)
     assert padding == max((sizes[bisect_left(sizes, n)] - n for n in range(1, largest + 1)), default=0)
 

@@ -129,8 +129,7 @@ def test_of_whom_nothing_was_asked_no_flag_is_refused(gpu):
             assert backend in ATTENTION["cuda"] and cfg.page_size == 1, architecture
     assert "DeepseekV4ForCausalLM" in refused and "MuseSparkForConditionalGeneration" in refused
     for architecture, what in refused.items():
-        assert re.fullmatch(r"a model .+ with (\w+) and \1 attention|the \w+ KV cache that SGLang chose", what)
-        assert not architecture.startswith("Qwen")
+        assert "--" not in what and not architecture.startswith("Qwen")
 
 
 def test_qwen3_vl_starts(gpu, qwen3_vl_start):

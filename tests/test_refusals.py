@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sglang.srt.models
 import torch
 from sglang.srt.configs import FalconH1Config, Qwen3NextConfig
 from sglang.srt.configs.model_config import AttentionArch
@@ -21,6 +22,7 @@ from flashinfer_ext.decode import check_heads
 from sglang_vlkv.attention.layers import unserved
 from sglang_vlkv.frontend import reports
 from sglang_vlkv.frontend.reports import ReportStore
+from sglang_vlkv.options.asked import BEYOND_SOFTMAX, IGNORE_THEIR_WINDOW
 from sglang_vlkv.options.backends import ATTENTION, RADIX_CACHE, takes
 from sglang_vlkv.options.config import add_flags
 from sglang_vlkv.options.refusals import refuse
@@ -47,6 +49,8 @@ def model(**settings) -> SimpleNamespace:
         is_draft_model=False,
         is_hybrid_swa=False,
         attention_chunk_size=None,
+        has_attention_sinks=False,
+        has_asymmetric_kv=False,
         sliding_window_size=None,
         is_encoder_decoder=False,
         is_generation=True,
@@ -123,6 +127,13 @@ MODELS = [
     (dict(sliding_window_size=4096, hf_text_config=SimpleNamespace()), "sliding-window"),
     (dict(sliding_window_size=4096, hf_text_config=Qwen2Config(use_sliding_window=True)), "sliding-window"),
     (dict(attention_chunk_size=8192), "chunked attention"),
+    (dict(hf_config=Qwen2Config(architectures=["MiniMaxM3SparseForCausalLM"])), "sparse attention"),
+    (dict(hf_config=Qwen2Config(architectures=["MiniMaxM3SparseForConditionalGeneration"])), "sparse attention"),
+    (dict(hf_config=Qwen2Config(has_minicpm_sparse_attention=True)), "sparse attention"),
+    (dict(has_attention_sinks=True), "sinks"),
+    (dict(hf_text_config=Qwen2Config(attn_logit_softcapping=50.0)), "capped logits"),
+    *((dict(hf_config=Qwen2Config(architectures=[name])), "not causal") for name in BEYOND_SOFTMAX),
+    (dict(has_asymmetric_kv=True), "keys and values of different sizes"),
     (dict(is_encoder_decoder=True), "encoder-decoder"),
     (dict(is_generation=False), "embedding"),
 ]
@@ -209,11 +220,55 @@ def test_what_gpu_backends_override_is_there(ours):
         assert methods[name][:7] == ["self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"]
 
 
-def test_a_window_that_is_stated_but_unused_is_served():
-    refuse(
-        Arguments(**SERVABLE),
-        model(sliding_window_size=4096, hf_text_config=Qwen2Config(use_sliding_window=False)),
-    )
+UNUSED_WINDOWS = [
+    dict(hf_text_config=Qwen2Config(use_sliding_window=False)),
+    *(dict(hf_config=Qwen2Config(architectures=[name])) for name in IGNORE_THEIR_WINDOW),
+]
+
+
+@pytest.mark.parametrize("settings", UNUSED_WINDOWS)
+def test_a_window_that_is_stated_but_unused_is_served(settings):
+    text = dict(hf_text_config=SimpleNamespace())
+    refuse(Arguments(**SERVABLE), model(**text | settings, sliding_window_size=4096))
+    assert "sliding-window" in refusal(Arguments(**SERVABLE), model(**text, sliding_window_size=4096))
+
+
+TOLD_OTHERWISE = {  # by file, what of it is refused
+    "bert": "embeds",
+    "dflash": "drafts",
+    "dspark_minimax": "drafts",
+    "embedding_gemma2": "embeds",
+    "gemma2": "slides",
+    "gemma3_causal": "slides",
+    "gemma4_diffusion": "slides",
+    "lfm2": "has linear attention",
+    "qwen3_5": "has linear attention",
+    "whisper": "encodes and decodes",
+}
+BEYOND = re.compile(
+    r"xai_temperature|AttentionType\.(ENCODER_ONLY|DECODER_BIDIRECTIONAL)|logit_cap=logit_cap|loop_idx == 0"
+)
+
+
+def entry_classes(source: str) -> set[str]:
+    """The models that a file of SGLang's registers."""
+    assigned = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    values = [node.value for node in assigned if getattr(node.targets[0], "id", "") == "EntryClass"]
+    return {node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)}
+
+
+def test_what_is_known_of_models_is_what_their_sources_say():
+    """No file of a model that is said to ignore its window reads one, and a model whose attention is
+    beyond ours is refused before it loads: by name, or as its configuration tells."""
+    files = {path: path.read_text() for path in Path(sglang.srt.models.__path__[0]).glob("*.py")}
+    by_file = {path: entry_classes(source) for path, source in files.items()}
+    for name in IGNORE_THEIR_WINDOW:
+        [path] = [path for path, names in by_file.items() if name in names]
+        assert "sliding_window" not in files[path] + files[path.with_name("llama.py")], name
+    beyond = {path.stem: names for path, names in by_file.items() if BEYOND.search(files[path])}
+    by_name = {file: names for file, names in beyond.items() if file not in TOLD_OTHERWISE}
+    assert set(TOLD_OTHERWISE) <= set(beyond)
+    assert set().union(*by_name.values()) == set(BEYOND_SOFTMAX)
 
 
 @pytest.mark.parametrize("settings, asked, instead", SERVERS, ids=[str(settings) for settings, *_ in SERVERS])

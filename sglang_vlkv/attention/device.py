@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Iterator, NamedTuple, Protocol
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.model_executor.cuda_graph_config import Backend
-from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
-from sglang.srt.runtime_context import get_exec, get_parallel
+from sglang.srt.runtime_context import get_parallel
 
+from sglang_vlkv.attention.memory import captured_sizes, list_capacity, most_padding
 from sglang_vlkv.attention.rotary import find_rope
 from sglang_vlkv.attention.scoring import chunk_of, extends_of, heads, score
 from sglang_vlkv.cache.device_rows import DeviceRows
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     from sglang_vlkv.attention.scoring import Extend
     from sglang_vlkv.cache.pool import CellPool
     from sglang_vlkv.cache.requests import RequestState
-
-SHARED = 8  # a decode step's index lists may be this often longer than the pool: rows are shared,
-MAX_SHARE = 1 / 64  # where they then take no more than this of its memory
 
 
 class DecodeKernel(Protocol):
@@ -68,27 +63,6 @@ def _rows_seen(state: RequestState | None, end: int, num_layers: int) -> list[in
     return [len(cells) + count for cells, count in zip(state.cells, own, strict=True)]
 
 
-def _capacity(pool: CellPool, padding: int) -> int:
-    """Entries of the index lists of a decode step, 4 bytes each."""
-    cells = pool.layer_num * pool.cells_per_layer // 2
-    affordable = int(MAX_SHARE * pool.storage.nbytes) // 4
-    wanted = max(cells + padding * pool.layer_num, min(SHARED * cells, affordable))
-    return min(wanted, torch.iinfo(torch.int32).max)
-
-
-def captured_sizes(model_runner) -> list[int]:
-    """The batch sizes that decode steps will have CUDA graphs of."""
-    if get_exec().graph.cuda_graph_config.decode.backend == Backend.DISABLED:
-        return []
-    sizes, _ = get_batch_sizes_to_capture(model_runner)
-    return sizes
-
-
-def most_padding(sizes: list[int]) -> int:
-    """Most requests that SGLang adds to a batch to fill a captured one; each lists a row per layer."""
-    return max((end - start - 1 for start, end in pairwise([0, *sizes])), default=0)
-
-
 class RaggedDeviceBackend:
     """Comes before a stock backend among a class's bases, and takes over what that one cannot read.
 
@@ -108,7 +82,8 @@ class RaggedDeviceBackend:
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
         num_rows = len(self._req_to_token)
         padding = most_padding(captured_sizes(model_runner))
-        capacity = _capacity(pool, padding)
+        slots = pool.cells_per_layer // 2
+        capacity = list_capacity(pool.layer_num, slots, pool.storage.nbytes // slots, padding)
         room = capacity - padding * pool.layer_num
         self._rows = pool.requests.on_device = DeviceRows(num_rows, pool.layer_num, room, pool.device)
         self._indices = RaggedIndices(pool.layer_num, num_rows, capacity, pool.device)

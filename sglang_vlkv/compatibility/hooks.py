@@ -42,6 +42,11 @@ HOOKS = (
         "the pool of cells",
     ),
     Hook(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes", AFTER,
+        "sglang_vlkv.scheduler.wiring:pool_budget", "self pre_model_load_memory",
+        "index lists and workspaces are made after the pool, and must find room beside it",
+    ),
+    Hook(
         "sglang.srt.managers.scheduler.Scheduler.__init__", AFTER,
         "sglang_vlkv.scheduler.wiring:arm", "self server_args *",
         "planner and compactor, once the scheduler has a tokenizer",

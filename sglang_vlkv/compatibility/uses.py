@@ -95,10 +95,14 @@ USES = {
         "is_kv_publisher_rank": "kv_events_config ...",
         "select_kv_publisher_dp_rank": "attn_dp_size attn_dp_rank dp_rank ...",
     },
+    "sglang.srt.mem_cache.kv_cache_configurator": {
+        "KVCacheConfigurator.resolve_max_num_reqs": "self token_capacity",
+    },
     "sglang.srt.model_executor.runner.base_cuda_graph_runner": {
         "get_batch_sizes_to_capture": "model_runner ...",
     },
     "sglang.srt.runtime_context": {
+        "attention_backends": "...",
         "get_context": "...",
         "get_exec": "...",
         "get_parallel": "...",

@@ -6,9 +6,31 @@ from dataclasses import dataclass
 
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.configs.model_config import is_minimax_sparse
 
 from sglang_vlkv.observe.metrics import LABELS
 from sglang_vlkv.options.backends import ATTENTION, BACKENDS
+
+# Their configurations state a window, which SGLang's models of them never read.
+IGNORE_THEIR_WINDOW = (
+    "MistralForCausalLM",
+    "Mistral3ForConditionalGeneration",
+    "MixtralForCausalLM",
+    "Phi3ForCausalLM",
+    "Phi4MMForCausalLM",
+    "Starcoder2ForCausalLM",
+)
+
+# Of theirs no configuration tells.
+BEYOND_SOFTMAX = (
+    "Grok1ForCausalLM",  # caps logits
+    "Grok1ModelForCausalLM",
+    "HrmTextForCausalLM",  # sees rows behind a token
+    "IQuestLoopCoderForCausalLM",  # goes over its layers again, within windows
+    "LLaDA2MoeModelLM",
+    "SDARForCausalLM",
+    "SDARMoeForCausalLM",
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +106,28 @@ class Asked:
 
     @property
     def slides(self) -> bool:
-        """Whether layers drop rows on their own; Qwen2 states a window that it does not use."""
-        unused = getattr(self.model.hf_text_config, "use_sliding_window", True) is False
+        """Whether layers drop rows on their own. Some models state a window that they do not use."""
+        stated_only = getattr(self.model.hf_text_config, "use_sliding_window", True) is False
+        unused = stated_only or self._is_one_of(IGNORE_THEIR_WINDOW)
         window = self.model.sliding_window_size and not unused
         return bool(self.model.is_hybrid_swa or self.model.attention_chunk_size or window)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether layers choose rows on their own."""
+        config = self.model.hf_config
+        return is_minimax_sparse(config) or bool(getattr(config, "has_minicpm_sparse_attention", False))
+
+    @property
+    def beyond_softmax(self) -> bool:
+        """Whether layers do more than softmax attention over the rows before a token, as far as a
+        configuration tells; see :func:`sglang_vlkv.attention.layers.unserved`."""
+        text = self.model.hf_text_config
+        capped = (getattr(text, "attn_logit_softcapping", None) or 0) > 0
+        return bool(self.model.has_attention_sinks or capped or self._is_one_of(BEYOND_SOFTMAX))
+
+    def _is_one_of(self, architectures: tuple[str, ...]) -> bool:
+        return not set(architectures).isdisjoint(self.model.hf_config.architectures or ())
 
     @property
     def labels(self) -> str:

@@ -62,6 +62,27 @@ MODEL = (
         OTHER_MODEL,
     ),
     Refusal(
+        "sparse attention (MiniMax-M3, MiniCPM)",
+        lambda its: its.is_sparse,
+        "a model with sparse attention",
+        "it chooses rows on its own, and keeps more of them than keys and values",
+        OTHER_MODEL,
+    ),
+    Refusal(
+        "capped logits, attention sinks, attention that is not causal",
+        lambda its: its.beyond_softmax,
+        "a model whose attention has capped logits or sinks, or is not causal",
+        "the kernels compute softmax attention over the rows that a request kept and nothing else",
+        OTHER_MODEL,
+    ),
+    Refusal(
+        "keys and values of different sizes",
+        lambda its: its.model.has_asymmetric_kv,
+        "a model with keys and values of different sizes",
+        "a cell holds either",
+        OTHER_MODEL,
+    ),
+    Refusal(
         "encoder-decoder models",
         lambda its: bool(its.model.is_encoder_decoder),
         "an encoder-decoder model",

@@ -40,6 +40,21 @@ def pool_class(result, _platform, *, kind: str):
     return CellPool
 
 
+def pool_budget(budget: int, configurator, _pre_model_load_memory) -> int:
+    """After ``KVCacheConfigurator._profile_available_bytes``: on a GPU, what is ours comes off it."""
+    if _settings() is None or configurator.device != "cuda":
+        return budget
+    from sglang.srt.runtime_context import attention_backends
+
+    from sglang_vlkv.attention import memory
+
+    shape, backend = memory.shape_of(configurator, budget), attention_backends()[1]
+    sms = torch.cuda.get_device_properties(configurator.gpu_id).multi_processor_count
+    rest = memory.pool_budget(budget, shape, backend, sms)
+    logger.info("%.2f GB of the KV budget are for what lies beside the pool.", (budget - rest) / (1 << 30))
+    return rest
+
+
 def register_backends() -> None:
     """Our radix cache under its name, and our attention in front of SGLang's."""
     from sglang.srt.layers.attention.attention_registry import (
