@@ -18,6 +18,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")  # Triton decides when a kernel is decorated
     from benchmarks.gpu import ceilings
 from benchmarks.gpu import (
+    compression,
     correctness,
     decode,
     engines,
@@ -28,11 +29,15 @@ from benchmarks.gpu import (
     report,
     run,
     serving,
+    session,
+    storm,
     wheelhouse,
 )
+from benchmarks.gpu import flashinfer as flashinfer_part
 from benchmarks.gpu.pool import Pool, Residents, sets_for
-from benchmarks.gpu.record import Deadline, Part
+from benchmarks.gpu.record import Deadline, Part, Ratio
 from benchmarks.gpu.shapes import MISTRAL, QWEN, TOY_QWEN, UNEVEN, Batch, batches, kept_rows
+from benchmarks.gpu.subjects import ATTENTION, COMPRESSION, COPYING, EVERYTHING, EXTEND, MOVING, SCORING, SELECTION
 from benchmarks.gpu.timing import Clock, Rehearsal, Timing
 
 CLOCK = Rehearsal()
@@ -50,6 +55,7 @@ def rehearsed(*parts: str) -> dict:
     for name in parts:
         part = Part(name, Deadline(60))
         {"ceilings": ceilings, "correctness": correctness}[name].run(part, CLOCK)
+        part.ended = True
         found["parts"][name] = part.as_json()
     return found
 
@@ -70,19 +76,25 @@ def test_all_kernels_are_right(checked):
     assert "G=4" in names and "G=7" in names
 
 
-def two_rows(checked: dict, **changes) -> dict:
-    """A record with one speedup, one share and a rate: 2x, 50 % and 100 bytes/s of a ceiling of 400."""
+def two_rows(checked: dict, *rests_on: str, **changes) -> dict:
+    """A record with one speedup, one share and a rate: 2x, 50 % and 100 bytes/s of a ceiling of 400.
+
+    Args:
+        rests_on: of the row that has them.
+    """
+    rests_on = list(rests_on or (ATTENTION,))
     timing = Timing(2.0, 2.0, 2.0, 1, None)._asdict()
     rows = [
         {"case": "c", "row": "base", "seconds": timing | {"p50": 2.0}},
         {"case": "c", "row": "ours", "seconds": timing | {"p50": 1.0}, "versus": "base", "share_of": "base"}
-        | {"moved": 100},
+        | {"moved": 100, "rests_on": rests_on},
     ]
     peak = [{"case": "device", "row": "copy", "seconds": timing | {"p50": 1.0}, "moved": 400}]
     peak += [{"case": "device", "row": "mm", "seconds": timing | {"p50": 1.0}, "flops": 10}]
 
     def part(rows: list, checks: list) -> dict:
-        return {"seconds": 1, "rows": rows, "checks": checks, "skipped": [], "notes": [], "broken": []}
+        lists = dict.fromkeys(("skipped", "notes", "broken"), [])
+        return {"seconds": 1, "ended": True, "rows": rows, "checks": checks} | {k: list(v) for k, v in lists.items()}
 
     parts = {
         "ceilings": part(peak, []),
@@ -103,16 +115,23 @@ def test_ratios_and_roofline(checked):
 
 
 def ratios(found: dict) -> list:
+    """Of the decode part's rows."""
     report.derive(found)
     names = {"speedup", "share", "of_ceiling", "versus"}
-    return [n for part in found["parts"].values() for row in part["rows"] for n in names & set(row["derived"])]
+    return [n for row in found["parts"]["decode"]["rows"] for n in names & set(row["derived"])]
 
 
-def test_no_ratio_without_a_check(checked):
-    found = two_rows(checked)
-    found["parts"]["correctness"]["checks"] = []
-    assert report.UNCHECKED in report.markdown(found) and "2.00x" not in report.markdown(found)
-    assert ratios(found) == []
+def test_no_ratio_without_a_check_of_what_it_rests_on(checked):
+    for rests_on in (ATTENTION, "something new"):
+        found = two_rows(checked, rests_on)
+        checks = found["parts"]["correctness"]["checks"]
+        found["parts"]["correctness"]["checks"] = [check for check in checks if check["about"] != [ATTENTION]]
+        text = report.markdown(found)
+        assert f"{report.HIDDEN}: not checked: {rests_on}" in text and "2.00x" not in text
+        assert ratios(found) == []
+    cut_off = two_rows(checked)
+    cut_off["parts"]["correctness"]["ended"] = False  # there may have been more to check
+    assert ratios(cut_off) == []
 
 
 @pytest.mark.parametrize("name, shown", [("correctness", False), ("decode", True)])
@@ -122,7 +141,28 @@ def test_no_ratio_when_correctness_broke_off(checked, name, shown):
     found["parts"][name]["broken"] = [{"what": "a case", "traceback": "Traceback\nMemoryError: full"}]
     text = report.markdown(found)
     assert "BROKE OFF: a case: MemoryError: full" in text
-    assert (report.REFUSED not in text) == bool(ratios(found)) == shown
+    assert (f"{report.HIDDEN}: wrong: {EVERYTHING}" not in text) == bool(ratios(found)) == shown
+
+
+def test_a_failed_check_hides_what_rests_on_it_and_nothing_else(checked):
+    """And says what: a soft one that is about nothing hides nothing, one about a base the ratio alone."""
+
+    def text_with(about: tuple[str, ...] | None, *rests_on: str, base: list[str] = []) -> str:
+        found = two_rows(checked, *rests_on)
+        part = Part("decode", Deadline(60))
+        part.check("a check", False, about=about)
+        found["parts"]["decode"]["checks"] = part.checks
+        found["parts"]["decode"]["rows"][0]["rests_on"] = base
+        return report.markdown(found)
+
+    assert "2.00x vs base" in text_with((), ATTENTION) and "a check** (hides no ratio)" in text_with((), ATTENTION)
+    assert "2.00x vs base" in text_with((SCORING,), ATTENTION, MOVING)
+    hidden = text_with((SCORING,), ATTENTION, SCORING)
+    assert "2.00x" not in hidden and "25 %" not in hidden and f"wrong: {SCORING}" in hidden
+    assert f"a check** (hides what rests on {SCORING})" in hidden
+    assert f"wrong: {EVERYTHING}" in text_with(None, ATTENTION)  # a check that says nothing else
+    held_against = text_with((COPYING,), ATTENTION, base=[COPYING])
+    assert "2.00x" not in held_against and f"wrong: {COPYING}" in held_against and "25 %" in held_against
 
 
 def wrong_decode(monkeypatch) -> None:
@@ -201,27 +241,31 @@ def wrong_mixed_scores(monkeypatch) -> None:
     monkeypatch.setattr(triton, "post_vision_scores_ragged", lambda *a: tuple(x.flip(-1) for x in right(*a)))
 
 
-WRONG = {  # and the checks that have to see it
-    wrong_decode: "decode", wrong_indices: "decode", padding_not_zero: "decode", wrong_extend: "extend",
-    wrong_scores: "scores", wrong_mixed_scores: "scores", wrong_selection: "selection",
-    wrong_scatter: "moving", broken_gather: "moving",
+WRONG = {  # the checks that have to see it, and what they are about
+    wrong_decode: ("decode", ATTENTION), wrong_indices: ("decode", ATTENTION),
+    padding_not_zero: ("decode", ATTENTION), wrong_extend: ("extend", EXTEND),
+    wrong_scores: ("scores", SCORING), wrong_mixed_scores: ("scores", SCORING),
+    wrong_selection: ("selection", SELECTION), wrong_scatter: ("moving", MOVING), broken_gather: ("moving", MOVING),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("make_wrong", WRONG)
-def test_a_wrong_kernel_shows_no_ratio(make_wrong, monkeypatch, checked):
+def test_a_wrong_kernel_hides_the_ratios_that_rest_on_it(make_wrong, monkeypatch, checked):
     make_wrong(monkeypatch)
     attempt = correctness.attempt
-    seen_by = WRONG[make_wrong]
+    seen_by, subject = WRONG[make_wrong]
     monkeypatch.setattr(
-        correctness, "attempt", lambda part, name, *a: attempt(part, name, *a) if name.startswith(seen_by) else None
-    )
+        correctness, "attempt", lambda part, about, name, *a: attempt(part, about, name, *a) if name.startswith(seen_by)
+        else part.check("right", True, about=(about,)),
+    )  # fmt: skip
     monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
     part = rehearsed("correctness")["parts"]["correctness"]
-    found = two_rows(checked, correctness=part)
+    found = two_rows(checked, subject, correctness=part)
     text = report.markdown(found)
-    assert report.REFUSED in text and "2.00x" not in text and "50.0 %" not in text
+    assert f"{report.HIDDEN}: wrong: {subject}" in text and "2.00x" not in text and "50.0 %" not in text
     assert ratios(found) == []
+    other = ATTENTION if subject == MOVING else MOVING
+    assert "speedup" in ratios(two_rows(checked, other, correctness=part))
 
 
 def test_a_graph_that_ignores_new_lengths_is_found(monkeypatch):
@@ -254,6 +298,7 @@ def test_waiting_for_the_device_is_found(monkeypatch):
     part = Part("correctness", Deadline(60))
     replay.without_waiting(part, CLOCK, TOY_QWEN, False)
     assert [check["ok"] for check in part.checks] == [False] and "synchronizing" in part.checks[0]["error"]
+    assert part.checks[0]["about"] == []  # slow, and not wrong
 
 
 def test_a_wrong_compacted_row_refuses_the_papers_ratios(monkeypatch):
@@ -266,9 +311,10 @@ def test_a_wrong_compacted_row_refuses_the_papers_ratios(monkeypatch):
     engine = paper.Engine(decoder, CLOCK, paper.Baseline(decoder, CLOCK, Batch("1x2K", (60,)), 1))
     engine.prefill()
     engine.compress()
-    paper._check_compacted(part, engine, "1x2K")
+    with part.about(MOVING):
+        paper._check(part, engine, "1x2K", paper.ENGINE_COMPACTED)
     assert [check["ok"] for check in part.checks] == [False, False]
-    assert "kept and 1 own rows" in part.checks[0]["name"]
+    assert "rows of the prompt and 1 own ones" in part.checks[0]["name"]
 
 
 def test_an_optional_engine_that_does_not_load_is_skipped_and_a_wrong_one_refuses_its_own_ratios(checked):
@@ -284,7 +330,7 @@ def test_an_optional_engine_that_does_not_load_is_skipped_and_a_wrong_one_refuse
         part.add("c", "other", Timing(1.0, 1.0, 1.0, 1, None), moved=100, versus="base")
         part.check("other is right", False)
 
-    assert part.attempt_optional("other", "a case", wrong) and part.engine is None
+    assert part.attempt_optional("other", "a case", wrong)
     found = two_rows(checked)
     found["parts"]["decode"]["rows"] += part.rows
     found["parts"]["decode"]["rows"][0]["versus"] = "other"  # nothing is held against it either
@@ -292,24 +338,24 @@ def test_an_optional_engine_that_does_not_load_is_skipped_and_a_wrong_one_refuse
     text = report.markdown(found)
     rows = found["parts"]["decode"]["rows"]
     assert "speedup" not in rows[0]["derived"] and rows[1]["derived"]["speedup"] == 2.0
-    assert rows[2]["derived"] == {"moved_per_s": 100.0, "refused": report.REFUSED_ENGINE}
-    assert "other is right" in text and "2.00x" in text and report.REFUSED not in text
+    assert rows[2]["derived"] == {"moved_per_s": 100.0, "refused": f"{report.HIDDEN}: wrong: other"}
+    assert "other is right" in text and "2.00x" in text and ATTENTION not in text
 
 
 def test_flashinfer_counts_as_compiled_only_once_it_ran(monkeypatch):
     clock = Rehearsal()
-    monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
-    monkeypatch.setattr(correctness, "have_flashinfer_ext", lambda clock: None)
-    monkeypatch.setattr(correctness, "attempt", lambda *arguments: None)  # our own kernels
+    monkeypatch.setattr(flashinfer_part, "models", lambda rehearsal: [TOY_QWEN])
+    monkeypatch.setattr(flashinfer_part, "have_flashinfer_ext", lambda clock: None)
 
     def broken(*arguments):
         raise RuntimeError("nvcc is not there")
 
     for engine, compiled in ((broken, False), (lambda *arguments: None, True)):
-        monkeypatch.setattr(correctness, "flashinfer_engine", engine)
-        part = Part("correctness", Deadline(60))
-        correctness.run(part, clock)
-        assert clock.flashinfer_is_compiled == compiled == (part.skipped == []) and part.checks == []
+        monkeypatch.setattr(flashinfer_part, "_engine", engine)
+        part = Part("flashinfer", Deadline(60))
+        flashinfer_part.run(part, clock)
+        assert clock.flashinfer_is_compiled == part.extra["compiled"] == compiled == (part.skipped == [])
+        assert part.checks == []
 
 
 def goal_record(checked: dict, seconds: float) -> dict:
@@ -318,54 +364,121 @@ def goal_record(checked: dict, seconds: float) -> dict:
     part = Part("decode", Deadline(60))
     part.add("c", "stock", Timing(1.0, 1.0, 1.0, 2, 0.0))
     for tag, goal in goals.GOALS.items():
-        ratios = {goal.metric: ("c", ["stock", "not there"])}
-        part.add("c", tag, timing, moved=400, share_of="stock", ratios=ratios, goals=[tag])
+        ratios = {goal.metric: Ratio("c", ["stock", "not there"])}
+        with part.about(ATTENTION):
+            part.expect(tag, "c", tag)
+            part.add("c", tag, timing, moved=400, share_of="stock", versus="stock", ratios=ratios, goals=[tag])
     found["parts"]["decode"] = part.as_json()
     return found
 
 
-def test_goals_pass_fail_or_are_not_measured(checked):
-    def lines(found: dict) -> list[str]:
-        report.derive(found)
-        return [line.split(":")[0] for line in goals.lines(found)]
+def verdicts(found: dict) -> list[str]:
+    report.derive(found)
+    return [verdict for verdict, _ in goals.verdicts(found).values()]
 
-    number = len(goals.GOALS)
-    assert lines(goal_record(checked, 1e-6)) == ["pass"] * number
-    assert lines(goal_record(checked, 100.0)) == ["FAIL"] * number
-    assert lines(two_rows(checked)) == ["not measured"] * number
+
+def test_goals_pass_fail_or_are_not_measured(checked):
+    bounds = [goal.bound for goal in goals.GOALS.values()]
+    number = len(bounds)
+    good = ["measured" if bound is None else "pass" for bound in bounds]
     found = goal_record(checked, 1e-6)
-    found["parts"]["correctness"]["checks"] = [{"name": "x", "ok": False}]
-    assert lines(found) == ["not measured"] * number and report.REFUSED in goals.lines(found)[0]
+    assert verdicts(found) == good and goals.all_met(found)
+    found = goal_record(checked, 100.0)
+    assert verdicts(found) == ["measured" if bound is None else "FAIL" for bound in bounds]
+    assert not goals.all_met(found)
+    assert verdicts(two_rows(checked)) == ["not measured"] * number
     found = goal_record(checked, 1e-6)
+    found["parts"]["correctness"]["checks"].append({"name": "x", "ok": False, "about": [ATTENTION]})
+    assert verdicts(found) == ["not measured"] * number and f"wrong: {ATTENTION}" in goals.lines(found)[0]
+    found["parts"]["correctness"]["checks"].pop()
     found["context"]["rehearsal"] = True
-    assert lines(found) == ["not measured"] * number
-    worse = goal_record(checked, 1.0)["parts"]["decode"]["rows"]
+    assert verdicts(found) == ["not measured"] * number
     found = goal_record(checked, 1e-6)
-    found["parts"]["decode"]["rows"] += worse[2:3]  # the worst counts: 1.0x for equal bytes is near enough
+    (row,) = (row for row in found["parts"]["decode"]["rows"] if goals.EQUAL_BYTES in row.get("goals", ()))
+    worse = row | {"row": "worse", "seconds": Timing(1.0, 1.0, 1.0, 2, 0.0)._asdict()}
+    found["parts"]["decode"]["rows"].append(worse)  # the worst counts: 1.0x for equal bytes is near enough
     text = report.markdown(found)
-    assert "worst of 2: 1x, c, equal bytes against stock)" in text and "- pass: uneven layers cost at most 3 %" in text
+    assert "worst of 2: 1x, c, worse against stock)" in text and "- pass: uneven layers cost at most 3 %" in text
+    assert f"- {good.count('pass')} pass, {good.count('measured')} measured" in text
+
+
+def test_no_goal_passes_by_absence(checked):
+    """A row that was expected and is missing leaves its goal open, unless another one misses it already."""
+    tag = goals.EQUAL_BYTES
+    at = list(goals.GOALS).index(tag)
+    found = goal_record(checked, 1e-6)
+    found["parts"]["decode"]["expected"][tag].append(["another case", "ours"])
+    assert verdicts(found)[at] == "not measured" and not goals.all_met(found)
+    assert "1 of 2 are missing, among them another case, ours: was not measured; worst of 1" in goals.lines(found)[at]
+    assert verdicts(found)[at + 1] == "pass"
+    found = goal_record(checked, 100.0)
+    found["parts"]["decode"]["expected"][tag].append(["another case", "ours"])
+    assert verdicts(found)[at] == "FAIL"
+    found = goal_record(checked, 1e-6)
+    (row,) = (row for row in found["parts"]["decode"]["rows"] if tag in row.get("goals", ()))
+    row["ratios"] = {goals.STOCK_RATIO: Ratio("c", ["stock", "SGLang"], ["FlashInfer", "SGLang"])}
+    assert verdicts(found)[at] == "not measured"
+    assert "none of FlashInfer, SGLang ran and was right" in goals.lines(found)[at]
+    found["parts"]["decode"]["rows"].append(found["parts"]["decode"]["rows"][0] | {"row": "SGLang"})
+    assert verdicts(found)[at] == "pass"
+    found["parts"]["decode"]["rows"][-1]["rests_on"] = ["SGLang"]  # which was not checked
+    assert verdicts(found)[at] == "not measured"
+
+
+def rehearsed_decode(monkeypatch, stock: dict) -> dict:
+    """A record of one batch whose cases are those of the goals."""
+    monkeypatch.setattr(decode, "GOAL_TOKENS", 64)
+    monkeypatch.setattr(decode, "GOAL_LAYERS", TOY_QWEN.layers)
+    monkeypatch.setattr(engines, "stock_engines", lambda clock: stock)
+    part, pool = Part("decode", Deadline(60)), Pool(TOY_QWEN, 400, CLOCK)
+    batch = Batch("b", (32, 32))
+    decode.expect(part, TOY_QWEN, batch)
+    for uneven in (False, True):
+        decode._case(part, CLOCK, pool, batch, 0.1, uneven)
+    assert part.broken == [] and all(check["ok"] for check in part.checks)
+    copy = {"case": "device", "row": "copy", "seconds": Timing.of([1.0])._asdict(), "moved": 400}
+    mm = {"case": "device", "row": "mm", "seconds": Timing.of([1.0])._asdict(), "flops": 10}
+    peak = Part("ceilings", Deadline(60))
+    peak.rows = [copy, mm]
+    peak.check("x", True, about=(COPYING,))
+    parts = {"decode": part.as_json(), "ceilings": peak.as_json()}
+    return {"context": record.context(CLOCK) | {"rehearsal": False}, "parts": parts}
 
 
 def test_every_goal_has_rows_in_a_rehearsed_case(monkeypatch):
     """Tags and bases are those that the parts write: a goal's row finds what it is held against."""
-    monkeypatch.setattr(decode, "GOAL_TOKENS", 64)
-    monkeypatch.setattr(decode, "GOAL_LAYERS", TOY_QWEN.layers)
-    monkeypatch.setattr(engines, "stock_engines", lambda clock: {engines.SDPA: engines.Sdpa})
-    part, pool = Part("decode", Deadline(60)), Pool(TOY_QWEN, 400, CLOCK)
-    for uneven in (False, True):
-        decode._case(part, CLOCK, pool, Batch("b", (32, 32)), 0.1, uneven)
-    whole = {"context": {"rehearsal": False}, "parts": {"decode": part.as_json()}}
-    copy = {"case": "device", "row": "copy", "seconds": Timing.of([1.0])._asdict(), "moved": 400}
-    mm = {"case": "device", "row": "mm", "seconds": Timing.of([1.0])._asdict(), "flops": 10}
-    empty = {"rows": [], "checks": [{"name": "x", "ok": True}], "broken": []}
-    whole["parts"] |= {"ceilings": empty | {"rows": [copy, mm]}, "correctness": empty}
-    assert part.broken == [] and report.failed(whole) == []
-    report.derive(whole)
-    lines = dict(zip(goals.GOALS, goals.lines(whole), strict=True))
-    for tag in (goals.DECODE, goals.EQUAL_BYTES, goals.UNEVEN_COST, goals.INDEX):
-        assert not lines[tag].startswith("not measured") and "without a figure" not in lines[tag]
-    by_index = [row["derived"].get("of_copy_by_index") for row in part.rows if row["row"] == engines.OURS]
+    whole = rehearsed_decode(monkeypatch, {engines.SDPA: engines.Sdpa, engines.SGLANG: engines.Sdpa})
+    found = dict(zip(goals.GOALS, verdicts(whole), strict=True))
+    measured = [found[t] for t in (goals.DECODE, goals.EQUAL_BYTES, goals.UNEVEN_COST, goals.INDEX)]
+    assert "not measured" not in measured
+    rows = whole["parts"]["decode"]["rows"]
+    by_index = [row["derived"].get("of_copy_by_index") for row in rows if row["row"] == engines.OURS]
     assert len(by_index) == 2 and all(by_index)
+
+
+def test_sdpa_alone_is_no_stock_engine(monkeypatch):
+    whole = rehearsed_decode(monkeypatch, {engines.SDPA: engines.Sdpa})
+    found = dict(zip(goals.GOALS, verdicts(whole), strict=True))
+    assert found[goals.EQUAL_BYTES] == "not measured" and found[goals.DECODE] != "not measured"
+    assert f"none of {engines.FLASHINFER}{decode.EQUAL}, {engines.SGLANG}{decode.EQUAL}" in report.markdown(whole)
+    sdpa = [row for row in whole["parts"]["decode"]["rows"] if row["row"] == engines.SDPA + decode.EQUAL]
+    assert len(sdpa) == 1 and "refused" not in sdpa[0]["derived"]  # it was checked, and is right
+
+
+def test_a_slow_prefill_makes_no_small_share(monkeypatch):
+    """The compression goal is judged beside cuDNN's or FlashAttention 3's attention, or not at all."""
+    for timed in ({compression.CUDNN}, {compression.FA3, "x"}):
+        assert compression._goals(Part("compression", Deadline(60)), "c", 32768, timed) == [goals.COMPRESSION]
+    part = Part("compression", Deadline(60))
+    assert compression._goals(part, "c", 8192, {"torch SDPA"}) == [] == part.skipped
+    assert compression._goals(part, "c", 32768, {"torch SDPA, FlashAttention"}) == [] and part.skipped
+    monkeypatch.setattr(compression, "GOAL_LENGTH", 24)
+    part = Part("compression", Deadline(60))
+    compression._case(part, CLOCK, TOY_QWEN, 24)
+    assert [row for row in part.rows if row.get("goals")] == [] and "the goal" in part.skipped[-1]
+    rests_on = {row["row"].split(",")[0]: row["rests_on"] for row in part.rows}
+    assert rests_on["all of it with budgets"] == list(COMPRESSION) and rests_on["selection"] == [SELECTION]
+    assert rests_on["scoring"] == [SCORING] and rests_on["gather and scatter"] == [MOVING]
 
 
 def lost_device(part, clock) -> None:
@@ -380,7 +493,7 @@ def lost_device(part, clock) -> None:
 
 
 def test_a_lost_device_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "PARTS", {"ceilings": 0.3, "correctness": 0.3, "decode": 0.4})
+    monkeypatch.setattr(run, "PARTS", {"ceilings": 0.3, "decode": 0.4})
     monkeypatch.setattr(run, "ALWAYS", ("ceilings",))
     monkeypatch.setattr(ceilings, "run", lost_device)
     monkeypatch.setattr(decode, "run", lambda part, clock: pytest.fail("the device is lost"))
@@ -432,17 +545,50 @@ Run.cut_off(None)
             time.sleep(0.05)
 
 
-def test_a_run_with_a_wrong_kernel_exits_with_1_and_a_rehearsal_writes_nothing(monkeypatch, tmp_path, capsys):
+def test_a_run_with_a_wrong_kernel_exits_with_1_and_a_later_one_remembers(monkeypatch, tmp_path, capsys):
+    """A rehearsal writes where it is told, and else nothing; ``--after`` goes on with what was written."""
     monkeypatch.setattr(run, "PARTS", {"ceilings": 0.5, "correctness": 0.5})
     monkeypatch.setattr(correctness, "models", lambda rehearsal: [TOY_QWEN])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    arguments = ["--rehearse", "--out", str(tmp_path), "--parts", "correctness", "--seconds", "120"]
-    assert run.main(arguments) == 0
+    results = set((record.ROOT / "benchmarks" / "results").iterdir())
+    arguments = ["--rehearse", "--seconds", "120", "--parts"]
+    assert run.main([*arguments, "correctness"]) == 0
     assert "its times mean nothing" in capsys.readouterr().out
+    assert set((record.ROOT / "benchmarks" / "results").iterdir()) == results
     wrong_scatter(monkeypatch)
-    assert run.main(arguments) == 1
-    assert "FAILED" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "gpu.json"
+    assert run.main([*arguments, "correctness", "--out", str(tmp_path)]) == 1
+    assert f"hides what rests on {MOVING}" in capsys.readouterr().out
+    before = json.loads(file.read_text())
+    assert before["parts"]["correctness"]["ended"] and before["context"]["rehearsal"]
+
+    again = ["--out", str(tmp_path), "--after", str(file)]
+    assert run.main([*arguments, "ceilings", *again]) == 1
+    after = json.loads(file.read_text())
+    assert after["ended"] == run.WHOLE and list(after["parts"]) == ["ceilings", "correctness"]
+    assert after["parts"]["correctness"] == before["parts"]["correctness"]
+    assert after["parts"]["ceilings"]["seconds"] is not None and "FAILED" in (tmp_path / "gpu.md").read_text()
+    capsys.readouterr()
+    file.write_text(json.dumps(after | {"context": after["context"] | {"sources_sha256": "another"}}))
+    assert run.main([*arguments, "ceilings", *again]) == 2
+    assert "is a record of other sources_sha256: another, not" in capsys.readouterr().err
+    file.unlink()
+    assert run.main([*arguments, "ceilings", *again]) == 2 and "is not there" in capsys.readouterr().err
+
+
+def test_the_exit_status_says_whether_every_goal_was_met(checked, capsys):
+    def status(found: dict, **more) -> int:
+        report.derive(found)
+        return run.ending(found | {"ended": run.WHOLE} | more, goals=True)
+
+    assert status(goal_record(checked, 1e-6)) == run.WELL == 0
+    assert status(goal_record(checked, 100.0)) == run.GOALS_OPEN == 5
+    assert status(two_rows(checked)) == run.GOALS_OPEN and "not measured" in capsys.readouterr().err
+    assert run.ending(two_rows(checked) | {"ended": run.WHOLE}, goals=False) == 0
+    found = goal_record(checked, 1e-6)
+    found["parts"]["decode"]["checks"] = [{"name": "soft", "ok": False, "about": []}]
+    assert status(found) == run.FAILED == 1 and goals.all_met(found)
+    assert status(goal_record(checked, 1e-6), ended=run.DEVICE_LOST) == run.LOST == 4
 
 
 def test_without_a_gpu_it_says_so(capsys):
@@ -557,15 +703,40 @@ def test_the_engine_path_and_the_baseline_agree():
     done = {}
     paper._workload(part, CLOCK, decoder, "1x2K", Batch("1x2K", (60,)), 3, done)
     assert all(check["ok"] for check in part.checks) and len(done) == 4
-    difference = part.checks[0]["relative_difference"]
-    assert difference < 1e-4  # in float32
+    (close,) = (check for check in part.checks if "relative_difference" in check)
+    assert close["relative_difference"] < 1e-4  # in float32
+    for rows in ("HF-style, compacted, as many", "engine path, compacted, as many", "60 rows of the prompt and 4 own"):
+        assert any(rows in check["name"] for check in part.checks)
     quoted = [row["paper_speedup"] for row in part.rows if "paper_speedup" in row]
     assert quoted == list(paper.PAPER["1x2K"])
-    found = {"context": {"rehearsal": False}, "parts": {"paper": part.as_json(), "correctness": part.as_json()}}
-    report.derive(found)
-    both = [row["derived"].get("ratios", {}).get(goals.TOGETHER) for row in part.rows]
-    assert sum(ratio is not None for ratio in both) == 2  # decode and end to end
-    assert any("kept and 4 own rows" in check["name"] for check in part.checks)
+    kernels = {"name": "x", "ok": True, "about": [ATTENTION, *COMPRESSION]}
+
+    def shown() -> dict[str, tuple[bool, bool]]:
+        """Of each decode row, whether it has a speedup against its own path, and one against the other."""
+        parts = {"paper": part.as_json(), "decode": part.as_json() | {"rows": [], "checks": [kernels]}}
+        report.derive({"context": {"rehearsal": False}, "parts": parts})
+        rows = [row for row in part.rows if paper.DECODE in row["row"]]
+        return {
+            row["row"].split(":")[0]: ("speedup" in row["derived"], paper.TOGETHER in row["derived"].get("ratios", {}))
+            for row in rows
+        }
+
+    everything = {paper.HF: (False, False), paper.HF_COMPACTED: (True, False)}
+    everything |= {paper.ENGINE: (False, True), paper.ENGINE_COMPACTED: (True, True)}
+    assert shown() == everything
+    close["ok"] = False  # hides what compares the two paths, and nothing else
+    assert shown() == everything | {paper.ENGINE: (False, False), paper.ENGINE_COMPACTED: (True, False)}
+    close["ok"], kernels["ok"] = True, False  # Hugging Face-style rows use no kernel of ours
+    assert shown() == everything | {paper.ENGINE: (False, False), paper.ENGINE_COMPACTED: (False, False)}
+    kernels["ok"] = True
+    paper._count(part, "1x2K", paper.HF_COMPACTED, Batch("1x2K", (60,)), 2, [[6, 5]])
+    assert shown() == everything | {paper.HF_COMPACTED: (False, False)}
+
+
+def test_the_papers_goals_compare_code_with_itself():
+    rows = [row for of in paper.GOALS.values() for row in of]
+    assert rows == [paper.HF_COMPACTED, paper.ENGINE_COMPACTED] * 2
+    assert all(goals.GOALS[goal].metric == "speedup" for of in paper.GOALS.values() for goal in of.values())
 
 
 def test_the_flashinfer_engines_are_called_as_they_are_declared(monkeypatch):
@@ -603,7 +774,7 @@ def test_the_flashinfer_engines_are_called_as_they_are_declared(monkeypatch):
     monkeypatch.setattr(ours, "RaggedDecode", our_engine)
     monkeypatch.setattr(flashinfer, "BatchDecodeWithPagedKVCacheWrapper", Stock)
     monkeypatch.setattr(CLOCK, "flashinfer_is_compiled", True)
-    for module in (engines, correctness):
+    for module in (engines, flashinfer_part):
         monkeypatch.setattr(module, "have_flashinfer_ext", lambda clock: None)
     monkeypatch.setattr(engines, "stock_engines", lambda clock: {engines.FLASHINFER: engines.StockFlashInfer})
     part = Part("decode", Deadline(60))
@@ -627,6 +798,22 @@ def test_what_a_served_burst_says():
     assert first["output_tokens_per_s"] == [3.0, 1.5] and first["peak_running"] == 2
     assert part.rows[3]["versus"] == part.rows[0]["row"]
     assert serving.running_in("Decode batch, #running-req: 7, x\nPrefill, #running-req: 9") == [7]
+
+
+def test_a_server_that_ignores_its_policy_or_cuts_its_answers_short_is_found():
+    from benchmarks.common import Streamed
+
+    def found(row: str, tokens: int, **report) -> list[bool]:
+        answers = [Streamed(0.5, [], {"completion_tokens": serving.OUTPUTS} | report, "")] * 2
+        answers.append(Streamed(0.5, [], {"completion_tokens": tokens} | report, ""))
+        part = Part("serving", Deadline(60))
+        serving.check_server(part, "small", row, [serving.Burst(2.0, answers, [])])
+        return [check["ok"] for check in part.checks]
+
+    report = {"kv_policy": {"policy": "vlcache"}}
+    assert found(serving.OURS, serving.OUTPUTS, **report) == [True, True] == found(serving.STOCK, serving.OUTPUTS)
+    assert found(serving.OURS, 1, **report) == [True, False]
+    assert found(serving.OURS, serving.OUTPUTS) == [False, True] == found(serving.STOCK, serving.OUTPUTS, **report)
 
 
 def test_a_server_is_started_as_a_user_would(monkeypatch):

@@ -73,9 +73,9 @@ def value(row: dict, metric: str) -> float | None:
 def judge(record: dict, tag: str) -> tuple[str, str]:
     """The verdict and what it rests on. Needs what ``report.derive`` adds."""
     goal, parts = GOALS[tag], record["parts"].values()
-    rows = {}
-    if not record["context"]["rehearsal"]:  # whose times mean nothing
-        rows = {(row["case"], row["row"]): row for part in parts for row in part["rows"] if tag in row.get("goals", ())}
+    if record["context"]["rehearsal"]:
+        return NOT_MEASURED, "the times of a rehearsal mean nothing"
+    rows = {(row["case"], row["row"]): row for part in parts for row in part["rows"] if tag in row.get("goals", ())}
     wanted = {tuple(at) for part in parts for at in part.get("expected", {}).get(tag, ())} | set(rows)
     values = [(figure, row) for row in rows.values() if (figure := value(row, goal.metric)) is not None]
     measured = {(row["case"], row["row"]) for _, row in values}
