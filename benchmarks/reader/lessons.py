@@ -6,14 +6,14 @@ from random import Random
 from typing import Iterator
 
 from benchmarks.reader.pages.arrangements import SINGLE, Message
-from benchmarks.reader.pages.draw import together
+from benchmarks.reader.pages.draw import draw, together
 from benchmarks.reader.pages.page import Sample
-from benchmarks.reader.pages.splits import SEEDS, draw_for, families
+from benchmarks.reader.pages.splits import SEEDS, families
 from benchmarks.reader.prompt import Prompter
 
 SHORTEST = 100  # cells of a page
 BLANK = (0.0, 0.0, 0.5, 0.8)
-TURNS = 6
+TURNS = 12
 LONG_ANSWERS = 0.3  # share of the chats that end with a list, a summary or a caption
 TWO_PAGES = 0.1  # share of the chats about short pages
 ARRANGED = {"question_after": 6, "question_before": 2, "question_around": 2, "page_twice": 1}
@@ -35,9 +35,7 @@ def lessons(prompter: Prompter, r: Random, longest: int) -> Iterator[tuple[list[
 
 
 def _page(prompter: Prompter, r: Random, family: str, size: int) -> Sample:
-    return draw_for(
-        "training", family, r.randrange(len(SEEDS["training"])), size, r.choice(BLANK), prompter.pieces
-    )
+    return draw(family, r.choice(SEEDS["training"]), size, r.choice(BLANK), prompter.pieces, facts=TURNS)
 
 
 def _chat(r: Random, sample: Sample) -> list[Message]:

@@ -27,7 +27,7 @@ from benchmarks.reader.lessons import lessons
 from benchmarks.reader.prompt import IGNORED, Prompter, delimit
 
 FOLDER = Path(__file__).parent / "lora"
-SAMPLES = 2  # a step
+SAMPLES = 1  # a step and worker
 WARM_UP = LOGGED = 10  # steps
 PEAK, LEAST = 1.5e-3, 0.05  # learning rate, and its last share
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=PEAK, help="the peak learning rate")
     parser.add_argument("--longest", type=int, default=1000, help="cells of the longest pages")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread and 3 GB each")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread and 3 GB each")
     parser.add_argument("--start", type=Path, help="go on from this LoRA instead of from zero")
     arguments = parser.parse_args()
     try:

