@@ -113,6 +113,8 @@ def test_questions_about_several_pages_are_about_one_of_them():
         assert "".join(cells[place] for place in question.places).strip() == question.answer
     with pytest.raises(ValueError, match="different families; these are form, form"):
         together([sample("form", 0), sample("form", 1)])
+    with pytest.raises(ValueError, match="must have one page"):
+        together([joined, sample("form")])
 
 
 @every_family

@@ -47,11 +47,13 @@ def draw(family: str, seed: int, size: int, blank_share: float, encode: Encode, 
 
 
 def together(samples: Sequence[Sample]) -> Sample:
-    """Several samples as one of several pages; every question still has one answer.
+    """Several samples of one page each as one of several pages; every question still has one answer.
 
     Raises:
-        ValueError: two are of one family, so that a question could be about either.
+        ValueError: one has several pages, or two are of one family, so that a question could be about either.
     """
+    if any(len(sample.pages) != 1 for sample in samples):
+        raise ValueError("a sample to be put with others must have one page")
     families = [sample.family for sample in samples]
     if len(set(families)) < len(families):
         raise ValueError(
