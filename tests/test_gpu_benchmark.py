@@ -29,15 +29,22 @@ from benchmarks.gpu import (
     report,
     run,
     serving,
-    session,
-    storm,
     wheelhouse,
 )
 from benchmarks.gpu import flashinfer as flashinfer_part
 from benchmarks.gpu.pool import Pool, Residents, sets_for
 from benchmarks.gpu.record import Deadline, Part, Ratio
 from benchmarks.gpu.shapes import MISTRAL, QWEN, TOY_QWEN, UNEVEN, Batch, batches, kept_rows
-from benchmarks.gpu.subjects import ATTENTION, COMPRESSION, COPYING, EVERYTHING, EXTEND, MOVING, SCORING, SELECTION
+from benchmarks.gpu.subjects import (
+    ATTENTION,
+    COMPRESSION,
+    COPYING,
+    EVERYTHING,
+    EXTEND,
+    MOVING,
+    SCORING,
+    SELECTION,
+)
 from benchmarks.gpu.timing import Clock, Rehearsal, Timing
 
 CLOCK = Rehearsal()

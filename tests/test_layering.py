@@ -26,7 +26,7 @@ ROOMS = {
     "cache": {"torch", "sglang"},
     "attention": {"torch", "sglang", "flashinfer_ext"},
     "scheduler": {"torch", "sglang"},
-    "frontend": {"sglang", "fastapi"},
+    "frontend": {"sglang", "fastapi", "starlette"},
     "plugin": {"sglang"},
     "cpu": {"torch", "sglang"},
     "language": {"sglang"},

@@ -15,7 +15,16 @@ import torch
 
 from benchmarks.reader import lora, tower, wheel
 from benchmarks.reader.language import RMS_NORM_EPS, Language, Shape, read
-from benchmarks.reader.prompt import IM_END, IM_START, IMAGE_PAD, SPECIAL, VISION_END, VISION_START, Prompter, delimit
+from benchmarks.reader.prompt import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    SPECIAL,
+    VISION_END,
+    VISION_START,
+    Prompter,
+    delimit,
+)
 from benchmarks.reader.render import CELL
 from sglang_vlkv.tinyvlm import build as qwen
 

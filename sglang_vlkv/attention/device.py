@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from sglang_vlkv.attention.scoring import Extend
-    from sglang_vlkv.cache.pool import CellPool
     from sglang_vlkv.cache.requests import RequestState
 
 
