@@ -98,6 +98,7 @@ class Case:
     rope: Rotary
     positions: list[tuple[int, ...]]
     last_turn: int = 0
+    newest: tuple[int, ...] = ()  # per position, where its token stands in the newest copy; () for nowhere else
 
     @property
     def n(self) -> int:
@@ -122,6 +123,11 @@ class Case:
     @property
     def visual(self) -> list[int]:
         return self.tagged(*VISUAL)
+
+    @property
+    def old(self) -> list[int]:
+        """Positions whose token comes again in a newer copy of its picture."""
+        return [j for j, at in enumerate(self.newest) if at != j]
 
     @property
     def pictures(self) -> list[list[int]]:
@@ -301,9 +307,10 @@ def own_rows(policy, k: int, num_pictures: int) -> int:
     return min(max(round(policy.picture_share * k), one_each), most)
 
 
-def picture_rows(policy, judged: Verdict, pictures: list[list[int]], layer: int, head: int) -> list[int]:
-    """How many of its own rows a KV head gives to each picture."""
-    heads, sizes = len(judged.scores[layer]), [len(own) for own in pictures]
+def picture_rows(policy, judged: Verdict, case: Case, layer: int, head: int) -> list[int]:
+    """How many of its own rows a KV head gives to each picture; one to those that come again."""
+    pictures, heads = case.pictures, len(judged.scores[layer])
+    sizes = [1 if {*own} & {*case.old} else len(own) for own in pictures]
     rows = [own_rows(policy, k, len(pictures)) for k in judged.budgets]
     given, spare = rows[layer], sum(sizes) - len(sizes)
     if given < len(pictures):
@@ -319,8 +326,9 @@ def picture_rows(policy, judged: Verdict, pictures: list[list[int]], layer: int,
     return counts
 
 
-def choose(policy, judged: Verdict, layer: int, head: int, pictures: list[list[int]]) -> list[int]:
+def choose(policy, judged: Verdict, layer: int, head: int, case: Case) -> list[int]:
     """The positions that a KV head keeps."""
+    pictures = case.pictures
     scores, k = judged.scores[layer][head], judged.budgets[layer]
     n = len(scores)
     num_recent = min(judged.recent(k), k)
@@ -342,7 +350,7 @@ def choose(policy, judged: Verdict, layer: int, head: int, pictures: list[list[i
         return tier, -scores[j], j
 
     own = set()
-    counts = picture_rows(policy, judged, pictures, layer, head)
+    counts = picture_rows(policy, judged, case, layer, head)
     for members, count in zip(pictures, counts, strict=True):
         own |= set(sorted(members, key=place)[:count])
     if any(own_rows(policy, other, len(pictures)) for other in judged.budgets):
@@ -391,15 +399,15 @@ def unrotations(case: Case) -> list[torch.Tensor]:
 
 
 @cache
-def outliers(case: Case, layer: int, ridge: float) -> list:
-    """The Mahalanobis distance of each visual key from all of its head, before RoPE."""
+def outliers(case: Case, layer: int, ridge: float, visual: tuple[int, ...]) -> list:
+    """The Mahalanobis distance of each of these visual keys from all of them in its head, before RoPE."""
     scores = per_head(case, lambda head, j: None)
     for head in case.kv_heads:
-        keys = [unrotations(case)[j] @ case.k[layer, j, head].double() for j in case.visual]
+        keys = [unrotations(case)[j] @ case.k[layer, j, head].double() for j in visual]
         center, covariance = moments(keys)
         variance = max(float(covariance.diagonal().mean()), 1e-12)
         inverse = torch.linalg.inv(covariance + ridge * variance * torch.eye(len(center)))
-        for j, key in zip(case.visual, keys):
+        for j, key in zip(visual, keys):
             scores[head][j] = float((key - center) @ inverse @ (key - center))
     return scores
 
@@ -408,6 +416,8 @@ def outliers(case: Case, layer: int, ridge: float) -> list:
 def vlkv(policy, case):
     rows, together = voting_rows(policy, case), {"max": max, "sum": sum}[policy.reduce]
     question = max(case.vision_end, case.last_turn)
+    old = case.old if policy.repeats == "newest" else []
+    visual = tuple(j for j in case.visual if j not in old)
 
     def score(layer: int) -> list[list[float]]:
         attended, values = votes(case, layer, rows, together=together), numbers(case, "v", layer)
@@ -417,14 +427,17 @@ def vlkv(policy, case):
             return attended[head][j] * norm(values[j][head]) ** policy.value_norm * weight
 
         scores = per_head(case, worth)
-        for head, distances in zip(scores, outliers(case, layer, policy.ridge)):
-            level = policy.prior * mean([head[j] for j in case.visual])
-            usual = mean([distances[j] for j in case.visual])
-            for j in case.visual:
+        for head, distances in zip(scores, outliers(case, layer, policy.ridge, visual)):
+            for j in old:
+                head[case.newest[j]] = max(head[case.newest[j]], head[j])
+                head[j] *= -1
+            level = policy.prior * mean([head[j] for j in visual])
+            usual = mean([distances[j] for j in visual])
+            for j in visual:
                 head[j] += level * distances[j] / max(usual, 1e-12)
         return scores
 
-    return verdict(policy, case, score, quota=lambda layer: outliers(case, layer, policy.ridge))
+    return verdict(policy, case, score, quota=lambda layer: outliers(case, layer, policy.ridge, visual))
 
 
 def column_sums(policy, case, layer: int) -> list[list[float]]:

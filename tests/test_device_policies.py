@@ -17,7 +17,9 @@ N, LAYERS, HEADS, DIM, VOTING = 300, 2, 2, 16, 30
 TAGS = torch.zeros(N, dtype=torch.uint8)
 TAGS[10:200] = Modality.VIDEO
 TAGS[200:210] = Modality.SYSTEM
-PROMPT = Prompt(TAGS, last_turn=280)
+NEWEST = torch.arange(N)  # as if the first 60 tokens of the video were a picture that comes again
+NEWEST[10:70] += 100
+PROMPT = Prompt(TAGS, last_turn=280, newest=NEWEST)
 WAITS = {  # and why
     "aircache": "how many text rows are its elite is data",
 }
@@ -89,7 +91,7 @@ def test_scoring_waits_for_nothing(name, monkeypatch):
     with PretendGpu() as gpu:
         moved = [x.to(GPU) for x in own]
         monkeypatch.setattr(votes, "post_vision_scores", Attention(gpu))
-        prompt = Prompt(PROMPT.tags, PROMPT.last_turn)
+        prompt = Prompt(PROMPT.tags, PROMPT.last_turn, newest=NEWEST)
         scores_of(policy, *moved, index=0, prompt=prompt)
         assert bool(gpu.waits) == (name in WAITS), gpu.waits
         gpu.sent.clear()

@@ -59,8 +59,10 @@ def make_case(
     last_turn=0,
     drafted=0,
     alike=1.0,
+    copies=(),
 ) -> Case:
-    """Keys share a direction, the more the larger ``alike``; layers differ in the strength of attention."""
+    """Keys share a direction, the more the larger ``alike``; layers differ in the strength of attention.
+    ``copies`` are where a picture begins, and where its newest copy does, and its size."""
     generator = torch.Generator().manual_seed(seed)
     tags, positions = layout(spans)
     n, axes = len(tags), 1 + max(rope.axes)
@@ -75,7 +77,10 @@ def make_case(
     q, k = normal(n, hkv * group) * strength, normal(n, hkv) + alike * normal(1, hkv)
     q, k = (torch.einsum("nde,lnhe->lnhd", turns, x).to(dtype) for x in (q, k))
     v, draft = normal(n, hkv).to(dtype), normal(drafted, hkv * group).to(dtype)
-    return Case(tags, q, k, v, draft, 1.5 * dim**-0.5, rope, positions, last_turn)
+    newest = list(range(n)) * bool(copies)
+    for start, latest, size in copies:
+        newest[start : start + size] = range(latest, latest + size)
+    return Case(tags, q, k, v, draft, 1.5 * dim**-0.5, rope, positions, last_turn, tuple(newest))
 
 
 PLAIN = Rotary(100, (0,) * 50)
@@ -106,6 +111,14 @@ CASES = {
         4, [(T, 4), (V, 2, 2, 2), (P, 1, 1, 3)], 2, 2, 8, Rotary(8, (0, 1, 2, 2)), num_layers=1, drafted=2
     ),
     "one visual token": lambda: make_case(5, [(T, 7), (P, 1), (T, 9)], 2, 1, 6, Rotary(6, (0,) * 3)),
+    "a picture three times, and another": lambda: make_case(
+        8,
+        [(S, 1), (P, 9), (T, 4), (P, 9), (S, 1), (P, 7), (T, 1), (P, 9), (T, 12)],
+        *(2, 2, 8),
+        Rotary(8, (0,) * 4),
+        last_turn=44,
+        copies=[(1, 33, 9), (14, 33, 9)],
+    ),
     "frames of two sizes": lambda: make_case(
         6, [(V, 2, 1, 3), (T, 2), (V, 2, 2, 2), (T, 6)], 1, 2, 8, Rotary(8, (0, 1, 2, 0)), alike=0.0
     ),
@@ -115,7 +128,9 @@ case_of = cache(lambda name: CASES[name]())
 
 def prompt_of(case: Case) -> Prompt:
     positions = torch.tensor(case.positions).T if len(case.positions[0]) > 1 else None
-    return Prompt(torch.tensor(case.tags, dtype=torch.uint8), case.last_turn, positions)
+    newest = torch.tensor(case.newest) if case.newest else None
+    tags = torch.tensor(case.tags, dtype=torch.uint8)
+    return Prompt(tags, case.last_turn, positions, newest=newest)
 
 
 def table(rope: Rotary) -> Rope:
@@ -206,6 +221,7 @@ OPTIONS = [
     ("vlkv", dict(prior=0.0, question_weight=9.0)),
     ("vlkv", dict(prior=2.0, ridge=0.5, voting="post_vision", value_norm=2.5)),
     ("vlkv", dict(quota=0.4, prior=0.0)),
+    ("vlkv", dict(repeats="each", quota=0.2)),
     ("infinipotv", dict(recent_frames=0.5, kernel_size=1, modality_floors={})),
     ("infinipotv", dict(recent_frames=1.0, quota=1.0, modality_floors={})),
     ("infinipotv", dict(recent_frames=0.1, quota=0.7, modality_floors={}, kernel_size=7)),
@@ -233,7 +249,7 @@ def test_kept_rows_are_the_defined_ones(name, options, case):
         policy = policies()[name](budget=budget, **options)
         judged = naive.judge(policy, case)
         wanted = [
-            [naive.choose(policy, judged, layer, head, case.pictures) for head in case.kv_heads]
+            [naive.choose(policy, judged, layer, head, case) for head in case.kv_heads]
             for layer in range(case.num_layers)
         ]
         selection = selected(policy, case)
@@ -372,7 +388,7 @@ def test_a_draft_may_be_longer_than_the_prompt():
     case = make_case(7, [(T, 3), (P, 4), (T, 2)], 2, 2, 8, Rotary(8, (0,) * 4), drafted=12)
     policy = policies()["uniform"](budget=0.4)
     judged = naive.judge(policy, case)
-    wanted = [[naive.choose(policy, judged, layer, head, case.pictures) for head in case.kv_heads] for layer in range(3)]
+    wanted = [[naive.choose(policy, judged, layer, head, case) for head in case.kv_heads] for layer in range(3)]
     assert_same_kept(lists(selected(policy, case)), wanted, judged, 1e-5)
 
 
@@ -408,7 +424,8 @@ DEFAULTS = {
     "none": dict(budget=1.0),
     "vlcache": dict(p=0.01, renormalise=True),
     "vlkv": dict(
-        voting="last_turn", reduce="max", value_norm=1.0, question_weight=2.0, prior=0.15, ridge=0.01
+        voting="last_turn", reduce="max", value_norm=1.0, question_weight=2.0, prior=0.15, ridge=0.01,
+        repeats="newest",
     ),
     "elastic": dict(
         recent_fraction=0.0, sink_tokens=1, merge="bucket_mean", decode="fixed_point", importance="prompt"
@@ -454,6 +471,7 @@ REFUSED = {
     "question_weight": ("in [1, 1e6]", [0.9, INF, NAN]),
     "prior": ("in [0, 1e6]", [-0.1, INF, NAN]),
     "ridge": ("in [1e-6, 1e6]", [0, -1.0, 1e-7, INF, NAN]),
+    "repeats": ("one of newest, each", ["all"]),
     "importance": ("one of prompt, mean, window", ["all"]),
     "window_size": ("at least 1", [0]),
     "kernel_size": ("odd, from 1 to 99", [0, -1, 4, 101]),

@@ -30,6 +30,9 @@ class VLKV(Policy):
       squared Mahalanobis distance of its key before RoPE among the prompt's visual keys, per KV head.
       Where attention is sharp the prior decides nothing; where it is flat, it picks objects rather
       than background.
+    - A picture that comes again, as chat clients send it with every turn, is one picture: its newest copy
+      is worth what any of them is. The others' rows come last, least wanted first: a place that stays in
+      several copies weighs as often, and answers stop or stray at the place that does not.
 
     Every layer keeps equally many.
 
@@ -41,6 +44,8 @@ class VLKV(Policy):
             question less. With ``quota`` set, that part of the budget goes by the prior alone.
         ridge: added to the covariance, relative to its mean variance; higher trusts directions in
             which keys hardly vary less.
+        repeats: ``newest`` ranks a repeated picture's older copies behind everything else, ``each`` lets
+            all of them compete.
     """
 
     name = "vlkv"
@@ -53,6 +58,7 @@ class VLKV(Policy):
     question_weight: float = 2.0
     prior: float = 0.15
     ridge: float = 0.01
+    repeats: str = choice("newest", "each")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,14 +74,21 @@ class VLKV(Policy):
         prompt = layer.prompt
         question = max(prompt.vision_end, prompt.last_turn)
         scores[:, question:] *= self.question_weight
-        if not (self.prior or self.quota):
-            return attention._replace(scores=scores)
-        visual = prompt.visual_positions(scores.device)
-        outlying = self.outlyingness(layer, visual)
-        level = self.prior * scores[:, visual].mean(1, keepdim=True)
-        scores[:, visual] += level * outlying / outlying.mean(1, keepdim=True).clamp_min(1e-12)
-        quota_scores = torch.full_like(scores, -torch.inf)
-        quota_scores[:, visual] = outlying
+        old, new = prompt.repeats_on(scores.device)
+        folds = self.repeats == "newest" and len(old) > 0
+        if folds:
+            scores.scatter_reduce_(1, new.expand(len(scores), -1), scores[:, old], "amax")
+        quota_scores = None
+        if self.prior or self.quota:
+            positions = prompt.distinct_positions if folds else prompt.visual_positions
+            visual = positions(scores.device)
+            outlying = self.outlyingness(layer, visual)
+            level = self.prior * scores[:, visual].mean(1, keepdim=True)
+            scores[:, visual] += level * outlying / outlying.mean(1, keepdim=True).clamp_min(1e-12)
+            quota_scores = torch.full_like(scores, -torch.inf)
+            quota_scores[:, visual] = outlying
+        if folds:  # behind all others, which are not negative
+            scores[:, old] = -scores[:, old]
         return attention._replace(scores=scores, quota_scores=quota_scores)
 
     def outlyingness(self, layer: Layer, visual: torch.Tensor) -> torch.Tensor:

@@ -54,16 +54,18 @@ class Planner:
         for item in items_of(req):
             if MODALITIES[item.modality] not in VISUAL:
                 tags[holds(req, item, ids)] = MODALITIES[item.modality]
-        pictures = torch.full_like(ids, -1)
-        for number, picture in enumerate(pictures_of(req, ids)):
+        pictures, newest, shown = torch.full_like(ids, -1), torch.arange(len(ids)), pictures_of(req, ids)
+        latest = {(picture.content, len(picture.positions)): picture.positions for picture in shown}
+        for number, picture in enumerate(shown):
             tags[picture.positions] = picture.modality
             pictures[picture.positions] = number
+            newest[picture.positions] = latest[picture.content, len(picture.positions)]
         ends = self._ends_turn[known].nonzero().flatten().tolist()
         # The last message of a chat is closed too, so the newest turn follows the one before it.
         positions = req.multimodal_inputs.mrope_positions if req.multimodal_inputs else None
         if positions is not None:
             positions = positions[:, : len(ids)]  # a retracted request's cover its outputs too
-        return Prompt(tags, ends[-2] + 1 if len(ends) > 1 else 0, positions, pictures)
+        return Prompt(tags, ends[-2] + 1 if len(ends) > 1 else 0, positions, pictures, newest)
 
     def plan(self, req: Req) -> Plan:
         """Decides, before the prefill and from the request alone, what becomes of its prompt."""

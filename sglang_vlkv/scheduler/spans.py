@@ -58,11 +58,13 @@ class Picture(NamedTuple):
         positions: of its tokens, ascending, ``[tokens]`` int64.
         grid: how these lie: (time, height, width) in tokens, row by row; None where the model does not
             state it.
+        content: equal for equal pictures.
     """
 
     modality: Modality
     positions: torch.Tensor
     grid: list[int] | None
+    content: tuple[int, int]
 
 
 def pictures_of(req: Req, ids: torch.Tensor) -> list[Picture]:
@@ -72,14 +74,14 @@ def pictures_of(req: Req, ids: torch.Tensor) -> list[Picture]:
         if MODALITIES[item.modality] in VISUAL:
             alike.setdefault(item.padding_values(), []).append(item)
     found = []
-    for items in alike.values():
+    for kind, items in enumerate(alike.values()):
         positions = torch.stack([holds(req, item, ids) for item in items]).any(0).nonzero().flatten()
         for item, own in zip(items, positions.tensor_split(len(items))):
             grids = _grids(item, len(own))
             sizes = [math.prod(grid) for grid in grids] or [len(own)]
-            for grid, part in zip(grids or [None], own.split(sizes), strict=True):
+            for number, (grid, part) in enumerate(zip(grids or [None], own.split(sizes), strict=True)):
                 if len(part):
-                    found.append(Picture(MODALITIES[item.modality], part, grid))
+                    found.append(Picture(MODALITIES[item.modality], part, grid, (kind, number)))
     return sorted(found, key=lambda picture: int(picture.positions[0]))
 
 
@@ -92,7 +94,7 @@ def visual_spans(req: Req) -> list[dict]:
     """
     return [
         {"modality": modality.name.lower(), "spans": _runs(positions), "grid": grid}
-        for modality, positions, grid in pictures_of(req, prompt_ids(req))
+        for modality, positions, grid, _ in pictures_of(req, prompt_ids(req))
     ]
 
 

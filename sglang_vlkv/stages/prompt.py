@@ -36,11 +36,13 @@ class Shown(NamedTuple):
         positions: of their tokens, ascending, ``[m]`` int64.
         numbers: whose each of them is, ``[m]`` int64.
         sizes: how many each has, ``[pictures]`` int64, none 0.
+        distinct: the same, but 1 for pictures that come again later.
     """
 
     positions: torch.Tensor
     numbers: torch.Tensor
     sizes: torch.Tensor
+    distinct: torch.Tensor
 
 
 class KeptPicture(NamedTuple):
@@ -70,12 +72,15 @@ class Prompt:
             M-RoPE, else one; None where they are 0 .. n-1.
         pictures: which picture or video each position belongs to, ``[n]`` int64, -1 for none; None
             takes every unbroken run of image or video tags for one.
+        newest: where the same token stands in the newest copy of its picture, ``[n]`` int64: for most
+            positions they themselves; None for all.
     """
 
     tags: torch.Tensor
     last_turn: int = 0
     positions: torch.Tensor | None = None
     pictures: torch.Tensor | None = None
+    newest: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -85,7 +90,8 @@ class Prompt:
         """The part from position ``start`` on, as a prompt of its own."""
         positions = torch.arange(self.num_tokens)[None] if self.positions is None else self.positions
         pictures = self.pictures if self.pictures is None else self.pictures[start:]
-        return Prompt(self.tags[start:], max(0, self.last_turn - start), positions[:, start:], pictures)
+        newest = self.newest if self.newest is None else self.newest[start:] - start
+        return Prompt(self.tags[start:], max(0, self.last_turn - start), positions[:, start:], pictures, newest)
 
     @cached_property
     def visual(self) -> torch.Tensor:
@@ -101,7 +107,29 @@ class Prompt:
             numbers = changes.cumsum(0).where(self.visual, -1)
         positions = (numbers >= 0).nonzero().flatten()
         _, numbers, sizes = numbers[positions].unique(return_inverse=True, return_counts=True)
-        return Shown(positions, numbers, sizes)
+        distinct = sizes.clone()
+        distinct[numbers[torch.isin(positions, self.repeats[0])]] = 1
+        return Shown(positions, numbers, sizes, distinct)
+
+    @cached_property
+    def repeats(self) -> torch.Tensor:
+        """Tokens of pictures that come again later, and where they do, ``[2, r]`` int64."""
+        if self.newest is None:
+            return torch.empty(2, 0, dtype=torch.int64)
+        old = (self.newest != torch.arange(self.num_tokens)).nonzero().flatten()
+        return torch.stack([old, self.newest[old]])
+
+    def repeats_on(self, device: torch.device) -> torch.Tensor:
+        """:attr:`repeats` on ``device``."""
+        return self._on("repeats", lambda: self.repeats, device)
+
+    def distinct_positions(self, device: torch.device) -> torch.Tensor:
+        """Where the visual tokens are that do not come again, ``[m]`` int64 on ``device``."""
+
+        def make() -> torch.Tensor:
+            return self.visual.index_fill(0, self.repeats[0], False).nonzero().flatten()
+
+        return self._on("distinct", make, device)
 
     def visual_positions(self, device: torch.device) -> torch.Tensor:
         """Where the visual tokens are, ``[m]`` int64 on ``device``."""
@@ -112,7 +140,7 @@ class Prompt:
         number come before; ``[4, m]`` int64 on ``device``."""
 
         def make() -> torch.Tensor:
-            positions, numbers, sizes = self.shown
+            positions, numbers, sizes, _ = self.shown
             ordered = numbers.sort().values
             before = torch.arange(len(ordered)) - (sizes.cumsum(0) - sizes)[ordered]
             return torch.stack([positions, numbers, ordered, before])
@@ -154,7 +182,7 @@ class Prompt:
         Args:
             kept: per layer, positions ``[Hkv, rows]``.
         """
-        positions, numbers, sizes = self.shown
+        positions, numbers, sizes, _ = self.shown
         picture = torch.full((self.num_tokens,), len(sizes))
         picture[positions] = numbers
         heads = [picture[head.long()] for layer in kept for head in layer]

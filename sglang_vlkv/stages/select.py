@@ -65,7 +65,7 @@ def keep_pictures(
         tier: of every key, as :func:`tiers` finds it, ``[L, H, n]`` int8; written to.
         budgets: rows that each layer keeps.
     """
-    sizes = prompt.shown.sizes
+    sizes = prompt.shown.distinct
     rows = [own_rows(policy.picture_share, num_kept, len(sizes)) for num_kept in budgets]
     if not any(rows):
         return
