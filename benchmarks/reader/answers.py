@@ -1,7 +1,7 @@
 """What a running server answers about pages: ``python -m benchmarks.reader.answers --url URL``.
 
-Asks the questions of the report split through ``/v1/chat/completions``, pages as pictures, and prints the share of
-right answers by family and size. The reader's own accuracy, without a policy: what policies are measured against.
+Asks the questions of the report split through ``/v1/chat/completions``, pages as pictures, and prints the
+share of right answers by family and size. Without a policy: the accuracy that policies are measured against.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def openai(messages: list[Message], style: str) -> list[dict]:
     return [{"role": m["role"], "content": [part(content) for content in m["content"]]} for m in messages]
 
 
-def ask(url: str, sample: Sample, blank_share: float, arrangement: str, style: str, count: int) -> Iterator[Asked]:
+def ask(
+    url: str, sample: Sample, blank_share: float, arrangement: str, style: str, count: int
+) -> Iterator[Asked]:
     """The first ``count`` questions of a sample, one chat each."""
     [page] = sample.pages
     for question in sample.questions[:count]:
@@ -103,8 +105,8 @@ def main() -> None:
 
     def one(task: tuple[str, int, int, float]) -> list[Asked]:
         family, index, size, blank = task
-        sample = draw_for("report", family, index, size, blank, pieces)
-        return [*ask(arguments.url, sample, blank, arguments.arrangement, arguments.style, arguments.questions)]
+        sample, style = draw_for("report", family, index, size, blank, pieces), arguments.style
+        return [*ask(arguments.url, sample, blank, arguments.arrangement, style, arguments.questions)]
 
     tasks = [
         (family, index, size, arguments.blank[(index + turn) % len(arguments.blank)])

