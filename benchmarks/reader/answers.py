@@ -1,7 +1,7 @@
 """What a running server answers about pages: ``python -m benchmarks.reader.answers --url URL``.
 
-Asks the questions of the report split through ``/v1/chat/completions``, pages as pictures, and prints the share of
-right answers by family and size. The reader's own accuracy, without a policy: what policies are measured against.
+Asks the questions of the report split through ``/v1/chat/completions``, pages as pictures, and prints the
+share of right answers by family and size. Without a policy: the accuracy that policies are measured against.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from benchmarks.reader.pages.grading import grade
 from benchmarks.reader.pages.page import Page, Question, Sample
 from benchmarks.reader.pages.splits import draw_for, families
 from benchmarks.reader.prompt import Prompter
-from sglang_vlkv.tinyvlm.ask import Unreachable, chat, data_url
+from sglang_vlkv.commands import Problem
+from sglang_vlkv.tinyvlm.ask import chat, data_url
 
 ROOM = {1: 24, 5: 48, 20: 80, 80: 160}  # tokens an answer may have, by its expected length
 
@@ -50,7 +51,9 @@ def openai(messages: list[Message], style: str) -> list[dict]:
     return [{"role": m["role"], "content": [part(content) for content in m["content"]]} for m in messages]
 
 
-def ask(url: str, sample: Sample, blank_share: float, arrangement: str, style: str, count: int) -> Iterator[Asked]:
+def ask(
+    url: str, sample: Sample, blank_share: float, arrangement: str, style: str, count: int
+) -> Iterator[Asked]:
     """The first ``count`` questions of a sample, one chat each."""
     [page] = sample.pages
     for question in sample.questions[:count]:
@@ -103,8 +106,8 @@ def main() -> None:
 
     def one(task: tuple[str, int, int, float]) -> list[Asked]:
         family, index, size, blank = task
-        sample = draw_for("report", family, index, size, blank, pieces)
-        return [*ask(arguments.url, sample, blank, arguments.arrangement, arguments.style, arguments.questions)]
+        sample, style = draw_for("report", family, index, size, blank, pieces), arguments.style
+        return [*ask(arguments.url, sample, blank, arguments.arrangement, style, arguments.questions)]
 
     tasks = [
         (family, index, size, arguments.blank[(index + turn) % len(arguments.blank)])
@@ -115,7 +118,7 @@ def main() -> None:
     with ThreadPoolExecutor(4) as pool:
         try:
             asked = [each for found in pool.map(one, tasks) for each in found]
-        except Unreachable as error:
+        except Problem as error:
             sys.exit(str(error))
     if arguments.out:
         records = [a._asdict() | {"question": a.question.text, "answer": a.question.answer} for a in asked]

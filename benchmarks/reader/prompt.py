@@ -10,13 +10,13 @@ from tokenizers import Tokenizer
 from benchmarks.reader.pages.arrangements import Message
 from benchmarks.reader.pages.page import BLANK, DECORATIONS, Page
 
-IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD = 1, 2, 3, 4, 6
+IM_START, IM_END, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD = range(1, 8)
 SPECIAL = {
     VISION_START: "<|vision_start|>",
     VISION_END: "<|vision_end|>",
-    5: "<|vision_pad|>",
+    VISION_PAD: "<|vision_pad|>",
     IMAGE_PAD: "<|image_pad|>",
-    7: "<|video_pad|>",
+    VIDEO_PAD: "<|video_pad|>",
 }
 """SmolLM2's reserved tokens that take Qwen2.5-VL's roles."""
 
@@ -82,5 +82,5 @@ class Prompter:
 
 
 def delimit(embeddings: torch.Tensor, newline: int) -> None:
-    """Make the ends of a picture read as line breaks that are never written: half of a line break's embedding."""
+    """Let the ends of a picture be read as line breaks and never be written: half of a break's embedding."""
     embeddings[[VISION_START, VISION_END]] = 0.5 * embeddings[newline]

@@ -1,9 +1,9 @@
-"""A vision tower that reads rendered pages, constructed from the renderer: no training, exact on its own pages.
+"""A vision tower that reads rendered pages, constructed from the renderer: not trained, exact on its pages.
 
-Qwen2.5-VL's tower normalises every patch to one length and then puts a cell's sixteen patches through an MLP.
-So a hidden unit whose weights are the normalised pixels of one cell answers most to that cell, by
-Cauchy-Schwarz, and its bias lets it answer to nothing that is nearer to another one. The output layer says, for
-each unit, the embedding of the piece that its cell shows, and for cells that no unit knows, of a blank one.
+Qwen2.5-VL's tower normalises every patch to one length and then puts a cell's sixteen patches through an
+MLP. So a hidden unit whose weights are the normalised pixels of one cell answers most to that cell, by
+Cauchy-Schwarz, and its bias lets it answer to nothing that is nearer to another one. The output layer says,
+for each unit, the embedding of the piece that its cell shows; for cells that no unit knows, of a blank one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(prompter: Prompter) -> Vocabulary:
-    """What the tower knows: marks, decorations, what pages say, characters, and frequent pieces while there is room."""
+    """What the tower knows: marks, decorations, what pages say, characters; frequent pieces fill it up."""
     listed = [*pieces.vocabulary(prompter.pieces), *map(chr, range(33, 127))]
     frequent = (prompter.tokenizer.decode([i]) for i in range(prompter.tokenizer.get_vocab_size()))
     ids = {prompter.cell(cell): cell for cell in (BLANK, LINE_END, " ", *DECORATIONS)}
@@ -54,7 +54,7 @@ def weights(known: Vocabulary, embeddings: torch.Tensor) -> dict[str, torch.Tens
         embeddings: of the language model, [vocabulary, width].
     """
     ids, seen = _templates(known)
-    units = full = HIDDEN * PATCHES  # a cell's squared length is the width of the patches' norm times their number
+    units = full = HIDDEN * PATCHES  # and the squared length of a cell: HIDDEN for each normalised patch
     # Vectors of one length: what their product lacks of it is half of their squared distance.
     apart = (full - seen @ seen.T).fill_diagonal_(torch.inf).amin(1)
     gain = 2 * ANSWER / apart

