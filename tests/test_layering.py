@@ -35,8 +35,10 @@ ROOMS = {
     "tinyvlm": {"torch", "PIL", "requests", "numpy", "transformers", "tokenizers", "safetensors"},
 }
 # What keeps out of SGLang in rooms that do not.
-WITHOUT_SGLANG = {"observe/events.py", "observe/publisher.py", "options/config.py", "options/backends.py",
-                  "cache/requests.py", "cache/twins.py", "cache/device_rows.py", "cache/ranks.py"}  # fmt: skip
+WITHOUT_SGLANG = (
+    "observe/events.py", "observe/publisher.py", "options/config.py", "options/backends.py", 
+    "cache/requests.py", "cache/twins.py", "cache/device_rows.py", "cache/ranks.py",
+)  # fmt: skip
 
 
 def room_of(file: Path) -> str:

@@ -1,8 +1,8 @@
 """Whether an SGLang has what this package relies on; only where it has all of it, anything is registered.
 
-The sources decide, not the version, and nothing is imported to ask them: an SGLang that does not fit is left
-as it was, and one in a wheel is asked in the same way as the installed one. ``hooks`` and ``uses`` list what is
-relied on, ``python -m sglang_vlkv.compatibility`` prints what does not fit.
+The sources decide, not the version, and nothing is imported to ask them: an SGLang that does not fit stays
+as it was, modules that only a GPU can import are looked at too, and a wheel is asked like the installed one.
+``hooks`` and ``uses`` list what is relied on; ``python -m sglang_vlkv.compatibility`` prints what is missing.
 """
 
 from __future__ import annotations

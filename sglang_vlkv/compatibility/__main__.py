@@ -22,8 +22,8 @@ FITS, MISFITS, ABSENT = 0, 1, 2  # exit status
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_vlkv.compatibility",
-        description="Prints what sglang_vlkv expects of an SGLang and does not find, and a verdict. "
-        "The exit status is 0 where all of it is there, 1 where it is not, 2 where that SGLang cannot be had.",
+        description="Prints what sglang_vlkv expects of an SGLang and does not find, and a verdict. The exit "
+        "status is 0 where all of it is there, 1 where it is not, 2 where that SGLang cannot be had.",
     )
     parser.add_argument(
         "sglang", nargs="?", metavar="WHEEL or VERSION",
@@ -35,8 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             if asked is None:
                 version, root = installed()
+            elif re.fullmatch(r"\d+(\.\w+)+", asked):
+                version, root = _opened(_download(asked, folder))
             else:
-                version, root = _opened(_download(asked, folder) if re.match(r"\d+\.[^/]*$", asked) else Path(asked))
+                version, root = _opened(Path(asked))
         except LookupError as error:
             print(error.args[0], file=sys.stderr)
             return ABSENT
@@ -49,7 +51,8 @@ def _check(version: str, sources: Sources) -> int:
         problems = mismatches(sources, part.expected)
         print(*problems, sep="\n", end="\n" if problems else "")
         verdict = f"does not fit, {len(problems)} of" if problems else "fits, all of"
-        print(f"SGLang {version}: the {name} of sglang_vlkv {__version__} {verdict} {len(part.expected)} symbols")
+        ours = f"the {name} of sglang_vlkv {__version__}"
+        print(f"SGLang {version}: {ours} {verdict} {len(part.expected)} symbols")
         status = MISFITS if problems else status
     if status == FITS and version not in TESTED_SGLANG:
         print(f"Nobody has tested it with SGLang {version}: make test does.")
@@ -65,8 +68,8 @@ def _download(version: str, folder: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run([*command, "--dest", folder, f"sglang=={version}"], capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise LookupError(f"SGLang {version} cannot be had: pip download says {said[-1] if said else 'nothing'}")
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise LookupError(f"SGLang {version} cannot be had: pip download says {said}")
     [wheel] = Path(folder).glob("*.whl")
     return wheel
 

@@ -70,9 +70,9 @@ class Sources:
 
     def _read(self, name: str) -> _Module | None:
         path = name.replace(".", "/")
-        for file, is_package in ((f"{path}/__init__.py", True), (f"{path}.py", False)):
+        for file, package in ((f"{path}/__init__.py", name), (f"{path}.py", name.rpartition(".")[0])):
             if (source := self._root.joinpath(file)).is_file():
-                return _Module(source.read_text(encoding="utf-8"), name if is_package else name.rpartition(".")[0])
+                return _Module(source.read_text(encoding="utf-8"), package)
         if self._root.joinpath(path).is_dir():  # without __init__.py
             return _Module("", name)
         return None
