@@ -36,7 +36,7 @@ ROOMS = {
 }
 # What keeps out of SGLang in rooms that do not.
 WITHOUT_SGLANG = (
-    "observe/events.py", "observe/publisher.py", "options/config.py", "options/backends.py", 
+    "observe/events.py", "observe/publisher.py", "options/config.py", "options/backends.py",
     "cache/requests.py", "cache/twins.py", "cache/device_rows.py", "cache/ranks.py",
 )  # fmt: skip
 
@@ -101,7 +101,8 @@ def test_files_and_functions_are_short():
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".base", ".policies", ".cache.requests", ".observe.events", ".inspect.__main__", ".monitor.__main__"],
+    ["", ".base", ".policies", ".cache.requests", ".observe.events", ".inspect.__main__", ".monitor.__main__",
+     ".compatibility.__main__"],
 )
 def test_importing_changes_nothing_and_leaves_sglang_out(module):
     code = f"import sys, sglang_vlkv{module}; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'sglang'))"
