@@ -16,7 +16,7 @@ from tests.equality import largest_deviation
 from tests.listening import Watched, watch
 from tests.prefork import Prefork
 from tests.prompts import draw_prompt
-from tests.serving import ROOT, TRAINED, Server, environment, free_port
+from tests.serving import ROOT, TOGETHER, TRAINED, Server, environment, free_port
 
 POOL = ("--max-total-tokens", "24000")
 
@@ -138,7 +138,7 @@ class Fleet:
             pool = ("--max-total-tokens", str(size), "--decode-log-interval", "1")
             events = ("--kv-events-endpoint", str(free_port()))
             flags = (*pool, *events, "--kv-policy", "vlcache", "--kv-policy-config", config, *flags)
-            self._servers[name] = Server(*flags, env=env)
+            self._servers[name] = Server(*flags, env=TOGETHER | env)
         return self._servers[name]
 
     def stop(self, name: str) -> None:

@@ -124,10 +124,10 @@ class Watched(NamedTuple):
 
 
 def waiting(server: Server) -> list[dict]:
-    """One prompt whose kept rows are more than what is computed of it, asked by many, with room for
-    the longest output of one of them. They end long before that, and long after all have come."""
+    """One prompt whose kept rows are more than what is computed of it, asked by many at once, with room
+    for the longest output of one of them. They end long before that."""
     body = draw_prompt(9, "image").body(2000, custom={"kv_budget": 0.9}, stop_regex=".{60}")
-    return server.many([body]) + server.many([body] * 4)
+    return server.many([body]) + server.together([body] * 4)
 
 
 def watch(find: Callable[[], Server], pool: int, recording: Path) -> Watched:

