@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from inspect import getsource, signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,6 +296,93 @@ def test_a_graph_that_ignores_new_lengths_is_found(monkeypatch):
     replay.replaying(part, CLOCK, TOY_QWEN, False)
     wrong = " ".join(check["name"] for check in part.checks if not check["ok"])
     assert "layer 1, request 1" in wrong and "as the eager step" in wrong and "lengths matter" in wrong
+
+
+def test_a_storm_is_right_and_sees_a_planted_fault():
+    part = Part("storm", Deadline(60))
+    storm.storming(part, CLOCK, TOY_QWEN)
+    assert len(part.checks) == 4 and all(check["ok"] for check in part.checks), part.checks
+    events = part.checks[0]["events"]
+    assert set(storm.EVENTS) <= set(events) and all(events.values())
+
+
+def stale_row(monkeypatch) -> None:
+    """Whoever is given the row of a request that is gone still sees its cells."""
+    monkeypatch.setattr(storm.DeviceRows, "clear", lambda self, row: None)
+
+
+def unfenced(monkeypatch) -> None:
+    """The schedule stream does not wait until the step has built its lists."""
+
+    def step(self, batch):
+        following = self.change()
+        self.begin(batch)
+        self.end(batch)
+        return following
+
+    monkeypatch.setattr(storm.Storm, "step", step)
+
+
+def scattered_elsewhere(monkeypatch) -> None:
+    from sglang_vlkv.kernels.compaction import triton
+
+    right = triton.scatter_rows
+    monkeypatch.setattr(triton, "scatter_rows", lambda k, v, cells, rows: right(k, v, cells.roll(1), rows))
+
+
+def forgotten_move(monkeypatch) -> None:
+    """Rows move, and the device goes on reading where they were."""
+    move = storm.Storm._move
+
+    def without_telling(self, request):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(storm.Storm, "_set", lambda *arguments: None)
+            move(self, request)
+
+    monkeypatch.setattr(storm.Storm, "_move", without_telling)
+
+
+@pytest.mark.parametrize("fault", [stale_row, unfenced, scattered_elsewhere, forgotten_move])
+def test_a_storm_finds_a_fault(fault, monkeypatch):
+    fault(monkeypatch)
+    found = storm.Storm(TOY_QWEN, CLOCK)
+    found.run()
+    outputs, wrong = found.wrong()
+    assert outputs > 40 and 0 < len(wrong) < outputs
+
+
+def test_a_storm_of_padding_alone_proves_nothing(monkeypatch):
+    monkeypatch.setattr(storm.Storm, "_admit", lambda self, kind: None)
+    part = Part("storm", Deadline(60))
+    storm.storming(part, CLOCK, TOY_QWEN)
+    assert [check["ok"] for check in part.checks] == [False, True, False, False]
+
+
+def test_the_streams_of_a_storm_wait_for_each_other(monkeypatch):
+    """In SGLang's order: a step for the change before it, the next change for the step's lists alone."""
+    order = []
+
+    class Stream(nullcontext):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def wait_stream(self, other) -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+        def wait_event(self, event) -> None:
+            order.append(f"{self.name} waits for {event}")
+
+    found = storm.Storm(TOY_QWEN, CLOCK)
+    found.streams, found.built = (Stream("forward"), Stream("schedule")), "the lists"
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: order.append(f"on {stream.name}") or stream)
+    found._replay = lambda: order.append("replay")
+    change = found.change
+    monkeypatch.setattr(found, "change", lambda: order.append("change") or change())
+    found.run(2)
+    step = ["forward waits for schedule", "on forward", "replay", "schedule waits for the lists"]
+    step += ["on schedule", "change", "on forward"]
+    assert order == ["on schedule", "change", *step, *step]
 
 
 def test_waiting_for_the_device_is_found(monkeypatch):
@@ -793,6 +883,35 @@ def test_the_flashinfer_engines_are_called_as_they_are_declared(monkeypatch):
     assert {(engines.FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 1.0), (engines.OURS_FLASHINFER, 0.1)} <= rows
 
 
+def test_flashinfers_check_writes_as_it_goes_and_is_not_well_by_absence(monkeypatch, tmp_path, capsys):
+    """On a stand-in for a GPU: what was checked when the seconds are over is written, and is not all."""
+    from flashinfer_ext import check
+
+    cases, file = list(check.cases()), tmp_path / "check.json"
+    decodes = [case[1:] for case in cases if case[0] is check.check_decode]
+    assert len(cases) == len(set(cases)) and {size for _, size in decodes} == set(check.BATCH_SIZES)
+    assert len(decodes) == len(check.SHAPES) * len(check.BATCH_SIZES) and len(cases) == len(decodes) + 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(check.upstream, "check", lambda device: "0.7.2")
+    monkeypatch.setattr(check, "plan_microseconds", lambda batch_size: 1.0)
+    written, ok = [], [True]
+
+    def attempt(*case) -> dict:
+        written.append(json.loads(file.read_text())["unchecked"] if file.exists() else None)
+        return {"ok": ok[0]}
+
+    monkeypatch.setattr(check, "attempt", attempt)
+    assert check.main(["--json", str(file)]) == 0
+    assert written == [None, *range(len(cases) - 1, 0, -1)]
+    whole = json.loads(file.read_text())
+    assert whole["ok"] and whole["unchecked"] == 0 and len(whole["checks"]) == len(cases) and whole["plan_us"]
+    assert check.main(["--json", str(file), "--seconds", "-1"]) == 5
+    assert json.loads(file.read_text())["unchecked"] == len(cases) and not json.loads(file.read_text())["ok"]
+    ok[0] = False
+    assert check.main([]) == 1
+
+
 def test_what_a_served_burst_says():
     from benchmarks.common import Streamed
 
@@ -859,6 +978,118 @@ def test_a_checkpoint_of_real_sizes_without_weights(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def step(code: str, seconds: float = 20, **more) -> session.Step:
+    return session.Step(seconds, command=(sys.executable, "-S", "-c", code), **more)
+
+
+def test_a_session_goes_on_after_a_step_that_crashes_or_hangs(tmp_path):
+    """Each is recorded as what it was, its children end with it, and the record is written after every step."""
+    out, child = tmp_path / "out", tmp_path / "child"
+    hanging = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen(['sleep', '60']); open({str(child)!r}, 'w').write(str(child.pid))\n"
+        "print('before it hung', flush=True); time.sleep(60)"
+    )
+    steps = {
+        "good": step("print('all is well')"),
+        "crashing": step("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+        "hanging": step(hanging, seconds=1.5),
+        "failing": step("raise SystemExit(1)"),
+        "lost": step("raise SystemExit(4)"),
+        "strange": step("raise SystemExit(77)"),
+        "last": step(f"import json; assert len(json.load(open({str(out / 'session.json')!r}))['steps']) == 7"),
+    }
+    ran = session.Session(out, 60, tmp_path / "no kit", steps=steps)
+    assert ran.go(list(steps)) == 1
+    saved = json.loads((out / "session.json").read_text())["steps"]
+    states = {name: found["state"] for name, found in saved.items()}
+    assert states == {
+        "good": "whole",
+        "crashing": "crashed: SIGSEGV",
+        "hanging": "killed: it took more than 2 s",
+        "failing": "a check failed, or something broke off",
+        "lost": "the device was lost",
+        "strange": "crashed: exit status 77",
+        "last": "whole",
+    }
+    assert saved["good"]["output"] == "all is well\n" and "before it hung" in saved["hanging"]["output"]
+    assert "all is well" in (out / "session.log").read_text()
+    stat = Path("/proc", child.read_text(), "stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    text = (out / "session.md").read_text()
+    assert "| crashing | crashed: SIGSEGV |" in text and "Nothing was measured." in text
+
+
+def test_a_session_is_well_only_where_every_step_ran_and_every_goal_was_met(tmp_path):
+    steps = {"first": step(""), "second": step("")}
+    gpu = tmp_path / "gpu.json"
+
+    def status(seconds: float, verdict: str | None, names: list[str]) -> int:
+        if verdict is not None:
+            gpu.write_text(json.dumps({"goals": {goals.DECODE: [verdict, "a row"]}}))
+        return session.Session(tmp_path, seconds, tmp_path, steps=steps).go(names)
+
+    assert status(60, None, ["first"]) == 5  # nothing was measured
+    assert status(60, "pass", ["first"]) == 0
+    assert status(60, "not measured", ["first"]) == status(60, "FAIL", ["first"]) == 5
+    assert status(0, "pass", ["second"]) == 5
+    saved = json.loads((tmp_path / "session.json").read_text())
+    assert saved["steps"]["second"]["state"] == "not run: 0 s were left" and saved["steps"]["first"]["ok"]
+    assert status(60, "pass", ["second"]) == 0  # a later call adds what an earlier one had no time for
+    assert "- pass: ragged decode" in (tmp_path / "session.md").read_text()
+
+
+def test_what_a_step_is_given(tmp_path, monkeypatch):
+    """Seconds that end before the session's own, the record that is there, and an allocator that hides nothing."""
+    made = session.Session(tmp_path, 700, tmp_path / "kit")
+    made.environment = {}
+    decode_step = made._command(session.STEPS["decode"], 100.0, "site")
+    assert decode_step[decode_step.index("--seconds") + 1] == "97" and "--rehearse" not in decode_step
+    assert decode_step[decode_step.index("--after") + 1] == f"{tmp_path}/gpu.json"
+    assert "--after" not in made._command(session.STEPS["correctness"], 100.0, "site")
+    monkeypatch.setattr(session, "sanitizer", lambda: "/cuda/compute-sanitizer")
+    memcheck = made._command(session.STEPS["memcheck"], 50.0, "site")
+    assert memcheck[0] == "/cuda/compute-sanitizer" and "--small" in memcheck
+    assert made._environment("memcheck") == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} and not made._environment("storm")
+    for name, found in session.STEPS.items():
+        words = made._command(found, found.seconds, "site")
+        assert not any("{" in word for word in words), name
+        if found.parts:
+            args = run.arguments(words[words.index("benchmarks.gpu.run") + 1 :])
+            assert args.parts == list(found.parts) and args.seconds < found.seconds
+    assert "is not there" in made._why_not("install", session.STEPS["install"], 100)
+    made.flashinfer = False
+    assert made._why_not("flashinfer", session.STEPS["flashinfer"], 100) == "FlashInfer is not there"
+
+
+def test_a_sanitizer_without_a_summary_found_nothing_out():
+    clean = "========= ERROR SUMMARY: 0 errors"
+    assert session.ending("memcheck", 0, clean) == ("whole", True)
+    assert session.ending("memcheck", 0, "Device not supported")[1] is False
+    assert session.ending("memcheck", session.MEMORY_ERRORS, "ERROR SUMMARY: 3 errors") == ("memory errors", False)
+    assert session.ending("flashinfer check", 5, "")[1] is None and session.ending("decode", 5, "")[1] is True
+
+
+def test_a_step_is_blamed_for_its_own_parts_only(tmp_path):
+    wrong = {"checks": [{"ok": False}], "broken": []}
+    right = {"checks": [{"ok": True}], "broken": []}
+    record_of = {"parts": {"correctness": wrong, "decode": right}, "goals": {}}
+    (tmp_path / "gpu.json").write_text(json.dumps(record_of))
+    steps = {name: step("raise SystemExit(1)")._replace(parts=(name,)) for name in ("correctness", "decode", "paper")}
+    made = session.Session(tmp_path, 60, tmp_path, steps=steps)
+    made._command = lambda step, seconds, site: list(step.command)
+    assert made.go(list(steps)) == 1
+    assert [found["ok"] for found in made.record["steps"].values()] == [False, True, False]
+
+
+def test_a_session_without_a_gpu_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert session.main(["--out", str(tmp_path), "--steps", "correctness", "storm"]) == 2
+    saved = json.loads((tmp_path / "session.json").read_text())["steps"]
+    assert list(saved) == ["correctness"] and "No CUDA device" in saved["correctness"]["output"]
+
+
 def wheel(folder: Path, name: str, content: bytes) -> Path:
     """A wheel of one module that pip installs."""
     path = folder / f"{name}-1.0-py3-none-any.whl"
@@ -899,6 +1130,146 @@ def test_wheelhouse_round_trip(tmp_path):
     ran = installed(out, tmp_path / "other")
     assert ran.returncode != 0 and f"{piece.name} is missing" in ran.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_pruned_wheel_installs_and_says_so(tmp_path):
+    path = wheel(tmp_path, "first", b"x = 1\n")
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("first_data/large.bin", b"#" * 9000)
+        file.writestr("first-1.0.dist-info/entry_points.txt", "[console_scripts]\nfirst = first:main\n")
+    whole = path.read_bytes()
+    pruned = [wheelhouse.prune(path, lambda name: "large" not in name, {"first/aot/k.so": b"kernel"})]
+    assert not path.exists() and pruned[0].name == "first-1.0+pruned-py3-none-any.whl"
+    once = pruned[0].read_bytes()
+    path.write_bytes(whole)
+    assert wheelhouse.prune(path, lambda name: "large" not in name, {"first/aot/k.so": b"kernel"}) == pruned[0]
+    assert pruned[0].read_bytes() == once
+    wheelhouse.bundle(pruned, tmp_path / "pieces", profile="test")
+    ran = installed(tmp_path / "pieces", tmp_path / "site")
+    assert ran.returncode == 0, ran.stderr
+    files = {str(file.relative_to(tmp_path / "site")) for file in (tmp_path / "site").rglob("*") if file.is_file()}
+    assert {"first.py", "first/aot/k.so"} <= files and not any("large" in file or "entry" in file for file in files)
+    assert (tmp_path / "site" / "first-1.0+pruned.dist-info" / "METADATA").read_text().endswith("Version: 1.0+pruned\n")
+
+
+def test_kernels_that_were_compiled_before_go_along(tmp_path):
+    for name in ("flashinfer_python", "sglang"):
+        wheel(tmp_path, name, b"")
+    library = tmp_path / "cached_ops" / "a_kernel" / "a_kernel.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"compiled")
+    wheelhouse.prune_all(tmp_path, library.parents[1])
+    flashinfer, sglang = (zipfile.ZipFile(next(tmp_path.glob(f"{n}-*.whl"))) for n in ("flashinfer_python", "sglang"))
+    assert flashinfer.read("flashinfer/data/aot/a_kernel/a_kernel.so") == b"compiled"
+    assert set(wheelhouse.SGLANG_STUBS) <= set(sglang.namelist()) and "sglang.py" not in sglang.namelist()
+
+
+def test_a_piece_travels_beside_the_repository():
+    """64 MiB in all may travel to a GPU host in one call."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=record.ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    files = [record.ROOT / name for name in tracked.stdout.split("\0") if name]
+    assert sum(file.stat().st_size for file in files if file.is_file()) + wheelhouse.PIECE_BYTES <= 64 << 20
+
+
+def pruned_tree(folder: Path, distribution: str) -> None:
+    """What a pruned wheel of an installed distribution unpacks to."""
+    kept, added = wheelhouse.PRUNINGS[distribution]
+    for file in metadata.files(distribution):
+        if kept(str(file)) and not str(file).endswith(".pyc"):
+            target = folder / str(file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file.locate(), target)
+    for name, text in added.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+# Not on a bare GPU host: what FlashInfer can do without, and what the rest of SGLang brings.
+NOT_THERE = "flashinfer", "sglang", "nvidia_cutlass", "cutlass", "cudnn", "cuda", "cutile", "quack", "__editable__"
+
+
+def on_a_bare_host(folder: Path, code: str, **environment: str) -> str:
+    """What ``code`` prints where there is ``folder`` but not the whole FlashInfer and SGLang."""
+    packages, host = Path(torch.__file__).parents[1], folder.parent / "host"
+    host.mkdir()
+    for entry in packages.iterdir():
+        if not entry.name.startswith(NOT_THERE) and entry.suffix != ".pth":
+            (host / entry.name).symlink_to(entry)
+    code = f"import sys; sys.path[:] = [{str(folder)!r}, {str(record.ROOT)!r}, *sys.path, {str(host)!r}]\n{code}"
+    ran = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": "", "FLASHINFER_WORKSPACE_BASE": str(folder.parent)} | environment,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+def test_a_pruned_flashinfer_imports_and_writes_its_sources(tmp_path):
+    """For sm_90 without a GPU; the kernels that are built ahead are those that are loaded."""
+    pytest.importorskip("flashinfer")
+    pruned_tree(tmp_path / "site", "flashinfer_python")
+    code = """
+import json, re
+from pathlib import Path
+import torch
+from flashinfer_ext import check, upstream
+from flashinfer.jit import core, env
+
+class Loading(Exception): pass
+def load(spec): raise Loading(spec.name)
+core.JitSpec.build_and_load = load
+found = []
+for *_, head_dim, kv_dtype, _ in check.SHAPES:
+    for prefill, loads in ((True, upstream.prefill_module), (False, upstream.decode_module)):
+        spec = upstream.kernel_spec(torch.bfloat16, kv_dtype, head_dim, prefill)
+        spec.write_ninja()
+        try:
+            loads(torch.bfloat16, kv_dtype, head_dim)
+        except Loading as loaded:
+            found.append((spec.name, str(loaded), all(source.exists() for source in spec.sources)))
+todo, seen, missing = [source for source in spec.sources], set(), []
+while todo:
+    file = todo.pop()
+    for name in re.findall(r'#\\s*include\\s*["<]((?:flashinfer|\\.\\./|\\./)?[^">]*)[">]', file.read_text()):
+        places = [file.parent, env.FLASHINFER_INCLUDE_DIR, env.FLASHINFER_CSRC_DIR]
+        there = [(place / name).resolve() for place in places if (place / name).exists()]
+        if there and there[0] not in seen:
+            seen.add(there[0]); todo.append(there[0])
+        elif not there and name.startswith(("flashinfer/", ".")):
+            missing.append((file.name, name))
+print(json.dumps([found, len(seen), missing]))
+"""
+    printed = on_a_bare_host(tmp_path / "site", code, FLASHINFER_CUDA_ARCH_LIST="9.0a", CUDA_HOME="/usr/local/cuda")
+    found, headers, missing = json.loads(printed.splitlines()[-1])
+    assert found and all(built == loaded and there for built, loaded, there in found)
+    assert headers > 10 and missing == []
+
+
+def test_sglangs_decode_kernel_runs_without_sglang(tmp_path):
+    """Three of its files beside stubs, in the interpreter, against float64: what a bare host compares with."""
+    pytest.importorskip("sglang")
+    pruned_tree(tmp_path / "site", "sglang")
+    code = """
+import torch, sglang
+from benchmarks.gpu import decode, engines, serving
+from benchmarks.gpu.pool import Pool, Residents
+from benchmarks.gpu.record import Deadline, Part, importable
+from benchmarks.gpu.shapes import TOY_QWEN, Batch
+from benchmarks.gpu.timing import Rehearsal
+clock, part = Rehearsal(), Part("decode", Deadline(60))
+with torch.inference_mode():
+    pool = Pool(TOY_QWEN, 200, clock)
+    residents = Residents(pool, Batch("b", (40, 24)), 1.0, False, 1)
+    stock = engines.stock_engines(clock)[engines.SGLANG]
+    about = dict(sets=1, moved=1)
+    assert part.attempt_optional(engines.SGLANG, "x", decode._stock, clock, "c", engines.SGLANG, "", stock, residents, about), part.skipped
+    serving.run(part, clock)
+print(len(part.checks), all(check["ok"] for check in part.checks), len(part.rows), "not importable" in part.skipped[-1])
+"""
+    printed = on_a_bare_host(tmp_path / "site", code, TRITON_INTERPRET="1")
+    assert printed.splitlines()[-1] == "5 True 1 True"
 
 
 def test_the_commit_is_known_without_git(monkeypatch, tmp_path):
