@@ -98,6 +98,7 @@ class Case:
     rope: Rotary
     positions: list[tuple[int, ...]]
     last_turn: int = 0
+    turn_end: int | None = None
     newest: tuple[int, ...] = ()  # per position, where its token stands in the newest copy; () for nowhere else
 
     @property
@@ -123,6 +124,13 @@ class Case:
     @property
     def visual(self) -> list[int]:
         return self.tagged(*VISUAL)
+
+    @property
+    def asked_before(self) -> bool:
+        """Whether all text of the newest turn stands before its last picture."""
+        end = self.n if self.turn_end is None else self.turn_end
+        asked = [j for j in self.tagged(Modality.TEXT) if self.last_turn <= j < end]
+        return bool(asked) and max(asked) < self.vision_end
 
     @property
     def old(self) -> list[int]:
@@ -415,7 +423,11 @@ def outliers(case: Case, layer: int, ridge: float, visual: tuple[int, ...]) -> l
 @defines("vlkv")
 def vlkv(policy, case):
     rows, together = voting_rows(policy, case), {"max": max, "sum": sum}[policy.reduce]
-    question = max(case.vision_end, case.last_turn)
+    question = set(range(max(case.vision_end, case.last_turn), case.n))
+    if case.asked_before:
+        first = case.vision_end if case.vision_end < case.n else 0
+        rows = range(max(rows[0], first), case.n)
+        question |= {j for j in case.tagged(Modality.TEXT) if j >= case.last_turn}
     old = case.old if policy.repeats == "newest" else []
     visual = tuple(j for j in case.visual if j not in old)
 
@@ -423,7 +435,7 @@ def vlkv(policy, case):
         attended, values = votes(case, layer, rows, together=together), numbers(case, "v", layer)
 
         def worth(head: int, j: int) -> float:
-            weight = policy.question_weight if j >= question else 1.0
+            weight = policy.question_weight if j in question else 1.0
             return attended[head][j] * norm(values[j][head]) ** policy.value_norm * weight
 
         scores = per_head(case, worth)

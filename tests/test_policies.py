@@ -60,6 +60,7 @@ def make_case(
     drafted=0,
     alike=1.0,
     copies=(),
+    turn_end=None,
 ) -> Case:
     """Keys share a direction, the more the larger ``alike``; layers differ in the strength of attention.
     ``copies`` are where a picture begins, and where its newest copy does, and its size."""
@@ -80,7 +81,7 @@ def make_case(
     newest = list(range(n)) * bool(copies)
     for start, latest, size in copies:
         newest[start : start + size] = range(latest, latest + size)
-    return Case(tags, q, k, v, draft, 1.5 * dim**-0.5, rope, positions, last_turn, tuple(newest))
+    return Case(tags, q, k, v, draft, 1.5 * dim**-0.5, rope, positions, last_turn, turn_end, tuple(newest))
 
 
 PLAIN = Rotary(100, (0,) * 50)
@@ -119,6 +120,14 @@ CASES = {
         last_turn=44,
         copies=[(1, 33, 9), (14, 33, 9)],
     ),
+    "asked before the picture": lambda: make_case(
+        9,
+        [(T, 9), (S, 2), (T, 5), (S, 1), (P, 20), (S, 2), (T, 3)],
+        *(2, 2, 8),
+        Rotary(8, (0,) * 4),
+        last_turn=10,
+        turn_end=38,
+    ),
     "frames of two sizes": lambda: make_case(
         6, [(V, 2, 1, 3), (T, 2), (V, 2, 2, 2), (T, 6)], 1, 2, 8, Rotary(8, (0, 1, 2, 0)), alike=0.0
     ),
@@ -130,7 +139,7 @@ def prompt_of(case: Case) -> Prompt:
     positions = torch.tensor(case.positions).T if len(case.positions[0]) > 1 else None
     newest = torch.tensor(case.newest) if case.newest else None
     tags = torch.tensor(case.tags, dtype=torch.uint8)
-    return Prompt(tags, case.last_turn, positions, newest=newest)
+    return Prompt(tags, case.last_turn, positions, newest=newest, turn_end=case.turn_end)
 
 
 def table(rope: Rotary) -> Rope:

@@ -10,6 +10,7 @@ from sglang_vlkv.policies.votes import votes
 from sglang_vlkv.stages.layer import Layer, LayerScores
 from sglang_vlkv.stages.options import choice, require
 from sglang_vlkv.stages.policy import Policy
+from sglang_vlkv.stages.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class VLKV(Policy):
       squared Mahalanobis distance of its key before RoPE among the prompt's visual keys, per KV head.
       Where attention is sharp the prior decides nothing; where it is flat, it picks objects rather
       than background.
+    - A question that stands before the picture cannot look at it. Then only the chat template's tokens behind
+      the picture vote, none of the picture's own, and the question's words keep their weight.
     - A picture that comes again, as chat clients send it with every turn, is one picture: its newest copy
       is worth what any of them is. The others' rows come last, least wanted first: a place that stays in
       several copies weighs as often, and answers stop or stray at the place that does not.
@@ -68,12 +71,17 @@ class VLKV(Policy):
         require(0 <= self.prior <= 1e6, "prior", self.prior, "in [0, 1e6]")
         require(1e-6 <= self.ridge <= 1e6, "ridge", self.ridge, "in [1e-6, 1e6]")
 
+    def num_voting(self, prompt: Prompt) -> int:
+        rows = super().num_voting(prompt)
+        behind = prompt.num_tokens - prompt.vision_end
+        return min(rows, behind) if prompt.asked_before and behind else rows
+
     def score(self, layer: Layer) -> LayerScores:
         attention = votes(layer, reduce=self.reduce)
         scores = attention.scores * layer.v.float().norm(dim=-1).T.pow(self.value_norm)
         prompt = layer.prompt
-        question = max(prompt.vision_end, prompt.last_turn)
-        scores[:, question:] *= self.question_weight
+        question = prompt.question_positions(scores.device)
+        scores[:, question] *= self.question_weight
         old, new = prompt.repeats_on(scores.device)
         folds = self.repeats == "newest" and len(old) > 0
         if folds:

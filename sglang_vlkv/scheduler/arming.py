@@ -44,6 +44,8 @@ def armed(scheduler, settings: config.Settings) -> Compactor:
         has_rope=runner.attn_backend.rope is not None,
         special_ids=set(tokenizer.all_special_ids) if tokenizer else set(),
         end_of_turn_ids=set(scheduler.model_config.hf_eos_token_id or ()),
+        user_ids=tokenizer.encode("user", add_special_tokens=False) if tokenizer else [],
+        tool_ids=tokenizer.encode("<tool_response>", add_special_tokens=False) if tokenizer else [],
     )
     tree.ranks = Ranks(scheduler.tp_cpu_group)
     if scheduler.metrics_collector_context.current_scheduler_metrics_enabled:

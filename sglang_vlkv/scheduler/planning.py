@@ -26,6 +26,8 @@ class Planner:
         has_rope: whether the model's rotary embedding is known.
         special_ids: token ids of the chat template and its delimiters.
         end_of_turn_ids: token ids that end a chat message.
+        user_ids: tokens of the role that a user's message begins with.
+        tool_ids: tokens that a tool's answer begins with where it has that role too.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class Planner:
         has_rope: bool,
         special_ids: set[int],
         end_of_turn_ids: set[int],
+        user_ids: list[int],
+        tool_ids: list[int],
     ) -> None:
         self._settings = settings
         self._num_layers = num_layers
@@ -45,6 +49,7 @@ class Planner:
         self._tags[sorted(special_ids)] = Modality.SYSTEM
         self._ends_turn = torch.zeros(self._last + 1, dtype=torch.bool)
         self._ends_turn[sorted(end_of_turn_ids)] = True
+        self._user, self._tool = user_ids, tool_ids
 
     def read_prompt(self, req: Req) -> Prompt:
         """Tags every prompt position of ``req``, placeholders expanded, outputs left out."""
@@ -61,11 +66,29 @@ class Planner:
             pictures[picture.positions] = number
             newest[picture.positions] = latest[picture.content, len(picture.positions)]
         ends = self._ends_turn[known].nonzero().flatten().tolist()
-        # The last message of a chat is closed too, so the newest turn follows the one before it.
         positions = req.multimodal_inputs.mrope_positions if req.multimodal_inputs else None
         if positions is not None:
             positions = positions[:, : len(ids)]  # a retracted request's cover its outputs too
-        return Prompt(tags, ends[-2] + 1 if len(ends) > 1 else 0, positions, pictures, newest)
+        end = ends[-1] if ends else len(ids)
+        return Prompt(tags, self._last_turn(ids, ends), positions, pictures, newest, end)
+
+    def _last_turn(self, ids: torch.Tensor, ends: list[int]) -> int:
+        """Where the newest message of the user's begins, tools' answers and ours behind it; the newest
+        message of all where the template names no user.
+
+        Args:
+            ends: where messages end; the last one of a chat is closed too.
+        """
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        for start in reversed(starts):
+            # A line break may come first, and a token that begins a message.
+            head = ids[start : start + 4 + len(self._user) + len(self._tool)].tolist()
+            role = next((at for at in range(3) if self._user == head[at : at + len(self._user)]), None)
+            if self._user and role is not None:
+                after = head[role + len(self._user) :]
+                if not any(self._tool and self._tool == after[at : at + len(self._tool)] for at in range(2)):
+                    return start
+        return starts[-1]
 
     def plan(self, req: Req) -> Plan:
         """Decides, before the prefill and from the request alone, what becomes of its prompt."""

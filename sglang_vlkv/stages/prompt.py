@@ -67,13 +67,14 @@ class Prompt:
 
     Attributes:
         tags: :class:`Modality` of every position, ``[n]`` uint8 on the CPU.
-        last_turn: first position of the newest turn.
+        last_turn: first position of the newest turn of the user's.
         positions: rotary positions ``[axes, n]`` int64: three axes (time, height, width) under
             M-RoPE, else one; None where they are 0 .. n-1.
         pictures: which picture or video each position belongs to, ``[n]`` int64, -1 for none; None
             takes every unbroken run of image or video tags for one.
         newest: where the same token stands in the newest copy of its picture, ``[n]`` int64: for most
             positions they themselves; None for all.
+        turn_end: position of the token that ends the newest turn; None where nothing does.
     """
 
     tags: torch.Tensor
@@ -81,6 +82,7 @@ class Prompt:
     positions: torch.Tensor | None = None
     pictures: torch.Tensor | None = None
     newest: torch.Tensor | None = None
+    turn_end: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +93,9 @@ class Prompt:
         positions = torch.arange(self.num_tokens)[None] if self.positions is None else self.positions
         pictures = self.pictures if self.pictures is None else self.pictures[start:]
         newest = self.newest if self.newest is None else self.newest[start:] - start
-        return Prompt(self.tags[start:], max(0, self.last_turn - start), positions[:, start:], pictures, newest)
+        end = self.turn_end if self.turn_end is None else max(0, self.turn_end - start)
+        turn = max(0, self.last_turn - start)
+        return Prompt(self.tags[start:], turn, positions[:, start:], pictures, newest, end)
 
     @cached_property
     def visual(self) -> torch.Tensor:
@@ -118,6 +122,18 @@ class Prompt:
             return torch.empty(2, 0, dtype=torch.int64)
         old = (self.newest != torch.arange(self.num_tokens)).nonzero().flatten()
         return torch.stack([old, self.newest[old]])
+
+    def question_positions(self, device: torch.device) -> torch.Tensor:
+        """The newest turn's, behind the last picture; also its text before it where nothing is asked
+        behind it; ``[m]`` int64 on ``device``."""
+
+        def make() -> torch.Tensor:
+            asks = torch.arange(self.num_tokens) >= max(self.vision_end, self.last_turn)
+            if self.asked_before:
+                asks[self.last_turn :] |= self.tags[self.last_turn :] == Modality.TEXT
+            return asks.nonzero().flatten()
+
+        return self._on("question", make, device)
 
     def repeats_on(self, device: torch.device) -> torch.Tensor:
         """:attr:`repeats` on ``device``."""
@@ -190,6 +206,14 @@ class Prompt:
         tags = torch.empty_like(sizes).scatter_(0, numbers, self.tags[positions].long())
         columns = tags.tolist(), sizes.tolist(), counts.sum(0).tolist(), counts.amin(0).tolist()
         return [KeptPicture(Modality(tag), *of_one) for tag, *of_one in zip(*columns, strict=True)]
+
+    @cached_property
+    def asked_before(self) -> bool:
+        """Whether text of the newest turn stands before its last picture and none behind it: nothing that
+        follows the picture but the chat template."""
+        start, middle = self.last_turn, self.vision_end
+        text = self.tags == Modality.TEXT
+        return bool(text[start:middle].any()) and not text[max(start, middle) : self.turn_end].any()
 
     @property
     def num_visual(self) -> int:
