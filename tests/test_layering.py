@@ -54,7 +54,7 @@ def test_a_part_imports_torch_and_the_parts_below_it(part):
 
 @pytest.mark.parametrize(
     "module",
-    ["", ".policies", ".requests", ".events", ".inspect.__main__", ".monitor.__main__"],
+    ["", ".policies", ".requests", ".events", ".inspect.__main__", ".monitor.__main__", ".compatibility.__main__"],
 )
 def test_importing_changes_nothing_and_leaves_sglang_out(module):
     code = f"import sys, sglang_vlkv{module}; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'sglang'))"
