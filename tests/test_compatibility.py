@@ -357,8 +357,8 @@ FOUND = {  # by name: parameters, with "=" where they need not be given; None wh
     "pack.two.Point3.x": None,
 }
 NOT_FOUND = (
-    "pack.one.Base.other", "pack.one.Base.count", "pack.one.Point", "pack.three", "pack.gone", "pack.stars.three",
-    "other.thing", "pack.one.Alone.made", "pack.one.Alone.__init__", "pack.one.thing.inside",
+    "pack.one.Base.other", "pack.one.Base.count", "pack.one.Point", "pack.three", "pack.gone",
+    "pack.stars.three", "other.thing", "pack.one.Alone.made", "pack.one.Alone.__init__", "pack.one.thing.inside",
 )  # fmt: skip
 
 
