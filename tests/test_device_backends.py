@@ -131,6 +131,7 @@ class World:
 def world(monkeypatch) -> World:
     monkeypatch.setattr(device, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
     monkeypatch.setattr(device, "captured_sizes", lambda runner: [1, 2, 4])
+    monkeypatch.setattr(device, "leaves_queries", lambda: False)
     monkeypatch.setattr(indices, "PROGRAMS", LAYERS)  # the interpreter runs them one after another
     return World()
 
@@ -245,6 +246,34 @@ def test_a_draft_leaves_its_queries_and_runs_eagerly(world):
         assert torch.equal(left[layer], torch.cat(queries))
 
 
+def test_a_replayed_step_leaves_the_queries_of_those_who_ask(world, monkeypatch):
+    """The graph copies all of them; what runs at a replay is what was captured, and the copy after it."""
+    monkeypatch.setattr(device, "leaves_queries", lambda: True)
+    backend = OnDevice(world.runner)
+    leaves = Plan(Prompt(torch.zeros(20, dtype=torch.uint8)), VLCACHE, writes_draft="id")
+    first, second, third = world.request(1, 20, leaves), world.request(2, 20), world.request(3, 20, leaves)
+    for state in (first, second, third):
+        world.compact(state, [4, 4, 4])
+    lengths = {2: 21, 3: 21, 1: 21}
+    world.pool.requests.expect(zip(world.alive, lengths.values()), LAYERS)
+    assert world.pool.requests.on_device.graph_serves
+    expected = world.run(world.cpu, decode(world, lengths), seed=3)
+    asked = [(state, state.drafted) for state in (first, third)]
+    first.drafted, third.drafted = {}, {}
+    monkeypatch.setattr(backend, "init_forward_metadata", backend.init_forward_metadata_in_graph)
+    padded = decode(world, lengths | {0: 1})  # as captured, of four
+    for one, other in zip(expected, world.run(backend, padded, seed=3), strict=True):
+        torch.testing.assert_close(other[:3], one, rtol=2e-5, atol=2e-5)
+    assert not first.drafted and not third.drafted
+    model_runner = SimpleNamespace(token_to_kv_pool=world.pool, attn_backend=backend)
+    wiring.decode_replayed(None, SimpleNamespace(model_runner=model_runner), decode(world, lengths))
+    assert not second.drafted
+    for state, queries in asked:
+        assert sorted(state.drafted) == list(range(LAYERS))
+        for layer, query in queries.items():
+            assert torch.equal(torch.cat(state.drafted[layer]), torch.cat(query))
+
+
 @pytest.mark.parametrize("start, drafted", [(20, True), (19, False)])
 def test_a_draft_that_decodes_beside_a_prefill_leaves_its_queries(world, start, drafted):
     """In a mixed batch; a prompt's last token, computed for its logits behind a twin, is no output."""
@@ -334,6 +363,9 @@ SHAPES = {
 def test_the_pool_leaves_room_for_what_lies_beside_it(shape, backend, gigabytes):
     budget = gigabytes << 30
     pool = memory.pool_budget(budget, shape, backend, num_sms=132)
+    copied = memory.pool_budget(budget, shape, backend, num_sms=132, copied=256)
+    queries = shape.num_layers * 256 * shape.num_q_heads * shape.head_dim * 2
+    assert 0.95 * queries < pool - copied <= queries
     slots = pool // shape.slot_bytes
     lists = memory.list_capacity(shape.num_layers, slots, shape.slot_bytes, shape.max_requests - 1)
     named = memory.NAMED * slots * shape.num_layers  # cells of compacted requests
@@ -347,6 +379,22 @@ def test_what_is_counted_beside_the_pool_is_what_is_made(world):
     shape = memory.Shape(LAYERS, ROWS + 1, HEADS * GROUP, HEADS, DIM, torch.float32, torch.float32)
     assert held == memory.fixed_bytes(shape, "triton", num_sms=1)
     assert shape.slot_bytes == world.pool.slot_bytes
+
+
+@pytest.mark.parametrize(
+    "policy, options, leave",
+    [
+        ("vlkv", {"draft_tokens": 8}, True),
+        ("vlkv", {}, False),
+        ("none", {"allow_override": True}, True),
+        ("h2o", {"allow_override": ["h2o", "snapkv"]}, True),
+        ("h2o", {"allow_override": ["h2o", "random"]}, False),
+    ],
+)
+def test_queries_are_copied_where_a_request_may_leave_them(monkeypatch, policy, options, leave):
+    args = SimpleNamespace(kv_policy=policy, kv_budget=None, kv_policy_config=options)
+    monkeypatch.setattr(memory, "get_context", lambda: SimpleNamespace(server_args=args))
+    assert memory.leaves_queries() is leave
 
 
 @pytest.mark.parametrize("armed, on", [(True, "cuda"), (False, "cuda"), (True, "cpu")])
@@ -369,6 +417,7 @@ def test_the_pool_is_sized_of_what_is_left(monkeypatch, armed, on):
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     backend = dict.fromkeys(("attention_backend", "decode_attention_backend"), "triton")
+    monkeypatch.setattr(memory, "leaves_queries", lambda: False)
     with get_context().override_server_args(**backend):
         left = wiring.pool_budget(60 << 30, configurator, 79.0)
     shape = SHAPES["Qwen2.5-VL-7B"]._replace(max_requests=4097)

@@ -133,6 +133,7 @@ def name(request, monkeypatch, context):
 def world(name, monkeypatch) -> World:
     """With the backend that a server on a GPU would run."""
     monkeypatch.setattr(device, "captured_sizes", lambda runner: [1, 2, 4])
+    monkeypatch.setattr(device, "leaves_queries", lambda: False)
     monkeypatch.setattr(indices, "PROGRAMS", LAYERS)  # the interpreter runs them one after another
     monkeypatch.setattr(decode, "HOPPER", (1, 233_472))
     world = World()

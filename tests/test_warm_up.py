@@ -57,6 +57,7 @@ def large_world(monkeypatch, compiled) -> World:
         monkeypatch.setattr(test_device_backends, name, value)
     monkeypatch.setattr(device, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
     monkeypatch.setattr(device, "captured_sizes", lambda runner: [1, 2, 4])
+    monkeypatch.setattr(device, "leaves_queries", lambda: False)
     world = World()
     world.device.rope = Rope(torch.zeros(2048, 64), None, True)
     return world

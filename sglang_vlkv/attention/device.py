@@ -10,7 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_vlkv.attention.memory import captured_sizes, list_capacity, most_padding
+from sglang_vlkv.attention.memory import captured_sizes, leaves_queries, list_capacity, most_padding
 from sglang_vlkv.attention.rotary import find_rope
 from sglang_vlkv.attention.scoring import chunk_of, extends_of, heads, score
 from sglang_vlkv.cache.device_rows import DeviceRows
@@ -80,7 +80,8 @@ class RaggedDeviceBackend:
         self.rope = find_rope(model_runner.model)
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
         num_rows = len(self._req_to_token)
-        padding = most_padding(captured_sizes(model_runner))
+        sizes = captured_sizes(model_runner)
+        padding = most_padding(sizes)
         slots = pool.cells_per_layer // 2
         capacity = list_capacity(pool.layer_num, slots, pool.storage.nbytes // slots, padding)
         room = capacity - padding * pool.layer_num
@@ -90,6 +91,11 @@ class RaggedDeviceBackend:
         num_q_heads = config.num_attention_heads // get_parallel().attn_tp_size
         self._queries = num_q_heads, config.dtype
         self._kernel = self.decode_kernel(num_rows, *self._queries)
+        # [L, B, Hq, D], of the last replayed step; None where no request may leave its queries.
+        self._replayed = None
+        if sizes and leaves_queries():
+            self._replayed = self._zero_queries(pool.layer_num * max(sizes)).unflatten(0, (pool.layer_num, -1))
+        self._rows.graph_copies, self._capturing = self._replayed is not None, False
         self._lists: tuple[torch.Tensor, torch.Tensor] = ()
         self._chunks, self._drafting, self._extends = [], [], None
 
@@ -107,6 +113,7 @@ class RaggedDeviceBackend:
         """Nothing: the buffers of decode steps are those of eager ones."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        self._capturing = False
         if forward_batch.forward_mode.is_decode_or_idle():
             indices, needed = self._indices, self._rows.visible
             if needed > self._rows.capacity:
@@ -136,6 +143,7 @@ class RaggedDeviceBackend:
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():
             self._plan_decode(forward_batch, self._indices)
+            self._capturing = True
         else:
             super().init_forward_metadata_in_graph(forward_batch)
 
@@ -143,13 +151,27 @@ class RaggedDeviceBackend:
         """Builds and plans the index lists of all layers; recorded where a graph is captured."""
         if not batch.batch_size:
             return
-        pool, rows = self.token_to_kv_pool, self._rows
+        rows = self._rows
         self._lists = self._build(indices, batch)
         self._kernel.plan(self._lists[0])
-        self._drafting = []
-        if rows.drafts:  # then the step is an eager one
-            states = map(pool.requests.at_row, batch.req_pool_indices.tolist())
-            self._drafting = [(i, s) for i, s in enumerate(states) if s is not None and s.plan.writes_draft]
+        self._drafting = list(self._leaving(batch)) if rows.drafts else []
+
+    def _leaving(self, batch: ForwardBatch) -> Iterator[tuple[int, RequestState]]:
+        """The requests of a decode step that leave their queries, each with its place."""
+        on_host = batch.req_pool_indices_cpu
+        rows = batch.req_pool_indices if on_host is None else on_host
+        for place, row in enumerate(rows[: batch.batch_size].tolist()):
+            state = self.token_to_kv_pool.requests.at_row(row)
+            if state is not None and state.plan.writes_draft:
+                yield place, state
+
+    def keep_replayed(self, batch: ForwardBatch) -> None:
+        """After a replayed decode step, on its stream: the queries that its requests leave."""
+        if not self._rows.drafts:
+            return
+        for place, state in self._leaving(batch):
+            for layer, query in enumerate(self._replayed[:, place : place + 1].clone()):
+                state.drafted.setdefault(layer, []).append(query)
 
     def _build(self, indices: RaggedIndices, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """``indptr`` and ``indices`` of what the batch's newest tokens see."""
@@ -247,7 +269,10 @@ class RaggedDeviceBackend:
             self._write(layer, forward_batch, k, v)
         cells = self.token_to_kv_pool.k_cells, self.token_to_kv_pool.v_cells
         self._kernel.run(layer.layer_id, q_heads, *cells, *self._lists, layer.scaling, heads(out, layer))
-        self._keep_drafted(layer.layer_id, q_heads)
+        if self._capturing and self._replayed is not None:
+            self._replayed[layer.layer_id, : len(q_heads)] = q_heads
+        else:
+            self._keep_drafted(layer.layer_id, q_heads)
         return out
 
     def _keep_drafted(self, layer: int, q: torch.Tensor) -> None:

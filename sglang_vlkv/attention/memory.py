@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
-from sglang.srt.runtime_context import get_exec, get_parallel
+from sglang.srt.runtime_context import get_context, get_exec, get_parallel
 
 from sglang_vlkv.kernels.ragged_attention.rows import RowTable
 from sglang_vlkv.kernels.ragged_attention.triton import RaggedDecode, RaggedIndices
+from sglang_vlkv.options import config
+from sglang_vlkv.policies import policies
 
 ENTRY = 4  # bytes of one, in an index list
 SHARED = 8  # a decode step's index lists may be this often longer than the pool: rows are shared,
@@ -41,6 +43,16 @@ def most_padding(sizes: list[int]) -> int:
     return max((end - start - 1 for start, end in pairwise([0, *sizes])), default=0)
 
 
+def leaves_queries() -> bool:
+    """Whether a request of this server may leave the queries of its output tokens: as a draft."""
+    settings = config.settings_of(get_context().server_args)
+    if settings is None:
+        return False
+    allowed = settings.allow_override
+    chosen = [policies()[name] for name in (policies() if allowed is True else allowed or ())]
+    return settings.policy.draft_tokens > 0 or any(policy.can_draft for policy in chosen)
+
+
 class Shape(NamedTuple):
     """What a rank's attention is made for.
 
@@ -62,11 +74,16 @@ class Shape(NamedTuple):
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
 
 
-def pool_budget(budget: int, shape: Shape, backend: str, num_sms: int) -> int:
-    """Bytes that the pool may have of ``budget``, for it and all that lies beside it to fit."""
+def pool_budget(budget: int, shape: Shape, backend: str, num_sms: int, copied: int = 0) -> int:
+    """Bytes that the pool may have of ``budget``, for it and all that lies beside it to fit.
+
+    Args:
+        copied: requests of a step whose queries are copied.
+    """
     layers, slot_bytes = shape.num_layers, shape.slot_bytes
     padding = ENTRY * layers * shape.max_requests  # at most
-    rest = budget - fixed_bytes(shape, backend, num_sms) - padding
+    queries = layers * copied * shape.num_q_heads * shape.head_dim * shape.q_dtype.itemsize
+    rest = budget - fixed_bytes(shape, backend, num_sms) - padding - queries
     listed = max(layers, min(SHARED * layers, slot_bytes / MAX_SHARE / ENTRY))
     return max(0, int(rest / (1 + ENTRY * (listed + NAMED * layers) / slot_bytes)))
 

@@ -24,18 +24,20 @@ class DeviceRows:
     Attributes:
         table: what the kernels read.
         visible: entries that the coming decode step needs at most.
-        drafts: a request in it leaves its queries as a draft, which only an eager step can.
+        drafts: a request in it leaves its queries.
+        graph_copies: a replayed step leaves the queries of all its requests where they can be read.
     """
 
     def __init__(self, num_rows: int, num_layers: int, capacity: int, device: torch.device | str) -> None:
         self.table = RowTable.empty(num_rows, num_layers, device)
-        self.capacity, self.visible, self.drafts = capacity, 0, False
+        self.capacity, self.visible = capacity, 0
+        self.drafts = self.graph_copies = False
         self._cells: dict[int, torch.Tensor] = {}  # by row: the table holds their addresses only
 
     @property
     def graph_serves(self) -> bool:
         """Whether the coming decode step may be a replayed CUDA graph."""
-        return not self.drafts and self.visible <= self.capacity
+        return (self.graph_copies or not self.drafts) and self.visible <= self.capacity
 
     def set(self, row: int, cells: list[torch.Tensor], sliding: list[int], first_own: int) -> None:
         """The request of ``row`` sees other rows from its next step on: see :class:`RowTable`.

@@ -80,7 +80,13 @@ HOOKS = (
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.can_run_graph",
         AROUND,
         "sglang_vlkv.scheduler.wiring:decode_graph", "self forward_batch",
-        "a step that leaves a draft, or reads more rows than its graph's buffers list, runs eagerly",
+        "a step that reads more rows than its graph's buffers list, or has to leave queries that its graph "
+        "does not copy, runs eagerly",
+    ),
+    Hook(
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute", AFTER,
+        "sglang_vlkv.scheduler.wiring:decode_replayed", "self forward_batch *",
+        "requests that leave their queries find them where the graph has copied them",
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", AFTER,

@@ -44,13 +44,14 @@ def pool_budget(budget: int, configurator, _pre_model_load_memory) -> int:
     """After ``KVCacheConfigurator._profile_available_bytes``: on a GPU, what is ours comes off it."""
     if _settings() is None or configurator.device != "cuda":
         return budget
-    from sglang.srt.runtime_context import attention_backends
+    from sglang.srt.runtime_context import attention_backends, get_exec
 
     from sglang_vlkv.attention import memory
 
     shape, backend = memory.shape_of(configurator, budget), attention_backends()[1]
     sms = torch.cuda.get_device_properties(configurator.gpu_id).multi_processor_count
-    rest = memory.pool_budget(budget, shape, backend, sms)
+    copied = get_exec().graph.cuda_graph_config.decode.max_bs if memory.leaves_queries() else 0
+    rest = memory.pool_budget(budget, shape, backend, sms, copied)
     logger.info("%.2f GB of the KV budget are for what lies beside the pool.", (budget - rest) / (1 << 30))
     return rest
 
@@ -119,6 +120,14 @@ def decode_graph(original, runner, forward_batch) -> bool:
     requests = getattr(runner.model_runner.token_to_kv_pool, "requests", None)
     on_device = None if requests is None else requests.on_device
     return (on_device is None or on_device.graph_serves) and original(runner, forward_batch)
+
+
+def decode_replayed(result, runner, forward_batch, *_args, **_kwargs):
+    """After ``DecodeCudaGraphRunner.execute``."""
+    requests = getattr(runner.model_runner.token_to_kv_pool, "requests", None)
+    if requests is not None and requests.on_device is not None:
+        runner.model_runner.attn_backend.keep_replayed(forward_batch)
+    return result
 
 
 def adder_class(result, scheduler):
