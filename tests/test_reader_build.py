@@ -19,7 +19,6 @@ from benchmarks.reader.pages.page import Page
 from benchmarks.reader.pages.pieces import vocabulary
 from benchmarks.reader.pages.splits import draw_for
 from benchmarks.reader.prompt import IMAGE_PAD, Prompter
-from tests.conftest import POOL
 from tests.serving import Server, output_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +56,7 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    with Server(*POOL, model=checkpoint, env={"SGLANG_PLUGINS": "vlkv_cpu"}) as server:
+    with Server("--max-total-tokens", "2000", model=checkpoint, env={"SGLANG_PLUGINS": "vlkv_cpu"}) as server:
         yield server
         assert server.alive(), server.log()[-4000:]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from sglang_vlkv.commands import Problem
 from sglang_vlkv.tinyvlm.ask import chat, data_url
 
 ROOM = {1: 24, 5: 48, 20: 80, 80: 160}  # tokens an answer may have, by its expected length
+WORKERS = 2  # pages at once
 
 
 class Asked(NamedTuple):
@@ -54,13 +56,20 @@ def openai(messages: list[Message], style: str) -> list[dict]:
 def ask(
     url: str, sample: Sample, blank_share: float, arrangement: str, style: str, count: int
 ) -> Iterator[Asked]:
-    """The first ``count`` questions of a sample, one chat each."""
+    """``count`` questions from all over a sample's, one chat each."""
     [page] = sample.pages
-    for question in sample.questions[:count]:
+    all_questions = sample.questions
+    count = min(count, len(all_questions))
+    for question in (all_questions[index * len(all_questions) // count] for index in range(count)):
         messages = openai(SINGLE[arrangement](sample, question), style)
         output, _ = chat(url, messages, max_tokens=ROOM[question.length])
         right = grade(question, output)
         yield Asked(sample.family, len(page.cells), blank_share, arrangement, question, output, right)
+
+
+def record(asked: Asked) -> str:
+    """A line of JSON."""
+    return json.dumps(asked._asdict() | {"question": asked.question.text, "answer": asked.question.answer})
 
 
 def table(asked: list[Asked], sizes: list[int]) -> Iterator[str]:
@@ -115,14 +124,24 @@ def main() -> None:
         for turn, size in enumerate(arguments.sizes)
         for family in families("report")
     ]
-    with ThreadPoolExecutor(4) as pool:
+    asked: list[Asked] = []
+    with ThreadPoolExecutor(WORKERS) as pool, open(arguments.out or os.devnull, "w") as out:
         try:
+<<<<<<< HEAD
             asked = [each for found in pool.map(one, tasks) for each in found]
         except Problem as error:
             sys.exit(str(error))
     if arguments.out:
         records = [a._asdict() | {"question": a.question.text, "answer": a.question.answer} for a in asked]
         arguments.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+=======
+            for found in pool.map(one, tasks):
+                asked += found
+                print(*map(record, found), sep="\n", file=out, flush=True)
+        except Unreachable as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(f"{error} ({len(asked)} questions were answered)")
+>>>>>>> h-reader
     print(*table(asked, arguments.sizes), sep="\n")
 
 
