@@ -127,21 +127,12 @@ def main() -> None:
     asked: list[Asked] = []
     with ThreadPoolExecutor(WORKERS) as pool, open(arguments.out or os.devnull, "w") as out:
         try:
-<<<<<<< HEAD
-            asked = [each for found in pool.map(one, tasks) for each in found]
-        except Problem as error:
-            sys.exit(str(error))
-    if arguments.out:
-        records = [a._asdict() | {"question": a.question.text, "answer": a.question.answer} for a in asked]
-        arguments.out.write_text("".join(json.dumps(record) + "\n" for record in records))
-=======
             for found in pool.map(one, tasks):
                 asked += found
                 print(*map(record, found), sep="\n", file=out, flush=True)
-        except Unreachable as error:
+        except Problem as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(f"{error} ({len(asked)} questions were answered)")
->>>>>>> h-reader
     print(*table(asked, arguments.sizes), sep="\n")
 
 
