@@ -32,6 +32,8 @@ from benchmarks.gpu import (
     report,
     run,
     serving,
+    session,
+    storm,
     wheelhouse,
 )
 from benchmarks.gpu import flashinfer as flashinfer_part
