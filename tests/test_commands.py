@@ -8,11 +8,8 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import unicodedata
 from argparse import ArgumentTypeError
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from sglang_vlkv.commands.door import command
 from sglang_vlkv.commands.server import post
 from sglang_vlkv.commands.shapes import fits, lacks
 from sglang_vlkv.printable import printable
+from tests.servers import answering, hangs_up, sends
 from tests.serving import ROOT, free_port
 
 DIGITS = ROOT / "examples" / "digits.png"
@@ -316,41 +314,6 @@ def test_pictures_that_are_none(tmp_path):
 
 
 # ---- Servers that are not ours, and that die ----
-
-
-@contextmanager
-def answering(answer):
-    """A server that answers every request with ``answer(handler)``; its URL."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            answer(self)
-
-        do_GET = answer
-
-        def log_message(self, *_):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def sends(body: bytes, status: int = 200, length: int | None = None, kind: str = "application/json"):
-    def answer(handler) -> None:
-        handler.send_response(status)
-        handler.send_header("Content-Type", kind)
-        handler.send_header("Content-Length", str(len(body) if length is None else length))
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return answer
-
-
-def hangs_up(handler) -> None:
-    handler.connection.shutdown(socket.SHUT_RDWR)
 
 
 SAID = {"choices": [{"message": {"content": NASTY}, "meta_info": {"kv_policy": {"reason": NASTY}}, "prompt_token_ids": []}]}
