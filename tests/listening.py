@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -136,8 +137,7 @@ def watch(find: Callable[[], Server], pool: int, recording: Path) -> Watched:
     server = find()
     server.flush()
     address, state, rng = events_of(server), State(), random.Random(7)
-    with Listener(address) as listener, recording.open("wb") as record:
-        feed = LiveFeed(address, record)
+    with Listener(address) as listener, recording.open("wb") as record, closing(LiveFeed(address, record)) as feed:
         said = [("what is this", [picture(rng, 448, 448)]), ("and left of it", []), ("above", [])]
         _, answers = talk(server, said, None, lambda: evict_exact_kv(server, pool))
         asked = draw_prompt(3, "image").images
@@ -167,5 +167,4 @@ def watch(find: Callable[[], Server], pool: int, recording: Path) -> Watched:
                 state.fold(message, received)
             if state.replicas and state.replicas[0].next_seq > last:
                 break
-        feed.close()
     return Watched(find, answers, listener.messages, state, recording)

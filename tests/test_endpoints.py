@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple
+from urllib.parse import quote
 
 import anthropic
 import openai
@@ -300,6 +302,80 @@ def test_an_unfinished_request_has_no_report_yet(any_policy):
             assert early.status_code == 404 and "not finished" in early.text
         assert len(list(lines)) > 50
     assert stored(any_policy, "unfinished")["policy"] == "snapkv"
+
+
+IDS = [
+    "a/b", "/a", "a/", "//", ".", "..", "../twins", "twins", "", " ", "a b", "a\nb", "\n", "\r\n", "\x00", "\x1b[31m\x07",
+    "\x7f\x9b", "?a=b", "#a", "%", "%2F", "%252F", "50%", "+", "a&b=c;d", "\\", "'\"<>", "~", "ünï漢😀",
+    "\u202e\u2028\u2029", "x", "x/choices", "x/choices/choices", "/choices", "choices", "choices/", "x" * 3000,
+]  # fmt: skip
+
+
+def raw(server: Server, path: str) -> dict | list:
+    """What is found at a path that nothing on the way rewrites."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection.putrequest("GET", path)
+    connection.endheaders()
+    answer = connection.getresponse()
+    body = answer.read()
+    assert answer.status == 200, (path, body)
+    return json.loads(body)
+
+
+def test_a_report_is_found_by_any_id(any_policy):
+    """Each of its own prompt's length, and all at once, so that no id is taken for another."""
+    bodies = [
+        {"text": "x" * (3 + length), "rid": rid, "sampling_params": {"max_new_tokens": 1}}
+        for length, rid in enumerate(IDS)
+    ]
+    for answer, rid in zip(any_policy.many(bodies), IDS, strict=True):
+        assert answer["meta_info"]["id"] == rid
+    for length, rid in enumerate(IDS):
+        path = "/kv_policy/requests/" + quote(rid, safe="")
+        assert raw(any_policy, path)["prompt_tokens"] == 3 + length, rid
+        [choice] = raw(any_policy, path + "/choices")
+        assert choice["prompt_tokens"] == 3 + length, rid
+
+
+def test_an_id_that_ends_in_choices_and_the_choices_of_an_id(any_policy):
+    """Where both are there, the slash decides; where one is, it is found either way."""
+
+    def ask(rid: str, tokens: int, **sampling) -> None:
+        params = {"max_new_tokens": 1, "temperature": 1.0, **sampling}
+        answer = any_policy.post("/generate", {"text": "x" * tokens, "rid": rid, "sampling_params": params})
+        assert answer.status_code == 200, answer.text
+
+    def at(path: str) -> list[int]:
+        found = raw(any_policy, f"/kv_policy/requests/{path}")
+        return [one["prompt_tokens"] for one in (found if isinstance(found, list) else [found])]
+
+    ask("alone/choices", 5)
+    assert at("alone/choices") == at("alone%2Fchoices") == [5]
+    ask("many", 6, n=2)
+    assert at("many/choices") == at("many%2Fchoices") == [6, 6] and at("many") == [6]
+    ask("many/choices", 7)
+    assert at("many/choices") == [6, 6] and at("many%2Fchoices") == [7]
+    assert at("many%2Fchoices/choices") == at("many/choices/choices") == [7]
+    missing = requests.get(f"{any_policy.url}/kv_policy/requests/none/choices", timeout=10)
+    assert missing.status_code == 404 and "No report for 'none/choices'" in missing.text
+
+
+def test_no_refusal_repeats_what_a_terminal_obeys(any_policy):
+    """Names and values that a client chose, in what it is told."""
+    nasty = "\x1b]0;T\x07\n\x7f\x9b31m\u202e\u2028"
+    h2o = {"kv_policy": "h2o"}
+    for custom in [
+        {f"kv_{nasty}": 1}, {"kv_policy": nasty}, {"kv_report": nasty}, {"kv_budget": nasty},
+        h2o | {"kv_policy_config": nasty}, h2o | {"kv_policy_config": {nasty: 1}},
+        h2o | {"kv_policy_config": {"merge": nasty}}, h2o | {"kv_policy_config": {"sink_tokens": nasty}},
+        h2o | {"kv_policy_config": {"modality_floors": {nasty: 1}}},
+        h2o | {"kv_budget": 0.2, "kv_policy_config": {"budget": nasty}},
+    ]:  # fmt: skip
+        for endpoint in ENDPOINTS:
+            answer = endpoint.ask(any_policy, custom)
+            assert answer.status_code == 400, (endpoint.path, custom)
+            said = str(answer.json())
+            assert "\\x1b" in said and not [c for c in "\x1b\x07\x7f\x9b\u202e\u2028\n" if c in said], said
 
 
 def test_the_routes_are_documented(any_policy):

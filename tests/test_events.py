@@ -288,13 +288,20 @@ def test_closing_sends_what_is_queued_and_frees_the_address(monkeypatch):
     check_free(one.address, 1)
 
 
-IDS = {"long": "x" * 1000, "half": "half of a pair: \ud83d", "accents": "ünï"}
+IDS = {
+    "long": "x" * 1000, "half": "half of a pair: \ud83d", "accents": "ünï", "controls": "\x1b[31m\x07\n\x7f\x00",
+    "C1": "\x9b2J", "directions": "a\u202eb\u2028c\U000e0041",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rid", IDS.values(), ids=IDS)
 def test_any_id_can_be_sent(rid):
-    message = orjson.loads(encode({"rid": rid}))
-    assert len(message["rid"]) <= 256 and message["rid"][:3] == rid[:3]
+    """As the client wrote it, for whoever asks for its report; and no byte of it is an order to a terminal."""
+    sent = encode({"rid": rid, "seconds": 1e-7, "sparsity_per_layer": None})
+    message = orjson.loads(sent)
+    assert len(message["rid"]) <= 256 and message["rid"] == rid[:256].replace("\ud83d", "?")
+    assert message["seconds"] == 1e-7 and message["sparsity_per_layer"] is None
+    assert all(0x20 <= byte < 0x7F for byte in sent)
 
 
 # ---- Addresses ----

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import sglang as sgl
+from PIL import Image
 
 from examples.frontend.backend import PICTURE, Endpoint
 from examples.frontend.choose import choose
@@ -21,14 +22,22 @@ CHOICES = [" cyan", " which digit is red?", " 1", " seven", " all the digits"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # run again, as __main__
 
 
+class Refused(Exception):
+    """The exit status, and what was said."""
+
+
 @pytest.fixture
 def run(trained, monkeypatch, capsys):
     """Runs a program of examples/frontend as ``python -m`` does; returns what it prints."""
 
     def run(name: str, *options: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, "--server", trained.url, *options])
-        runpy.run_module(f"examples.frontend.{name}", run_name="__main__")
-        return capsys.readouterr().out
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(f"examples.frontend.{name}", run_name="__main__")
+        out, err = capsys.readouterr()
+        if ended.value.code:
+            raise Refused(ended.value.code, err)
+        return out
 
     return run
 
@@ -101,17 +110,31 @@ def test_a_program_changes_what_it_asks_for(trained, stream):
     assert server.custom_params is None
 
 
-def test_a_refused_choice_is_an_error(run):
-    with pytest.raises(RuntimeError, match="custom_params.kv_policy is 'best'"):
-        run("describe", "--custom-params", '{"kv_policy": "best"}')
-    with pytest.raises(RuntimeError, match="custom_params.kv_policy is 'best'"), pytest.warns(match="best"):
-        run("batch", "--custom-params", '{"kv_policy": "best"}')
+@pytest.mark.parametrize("name", ["describe", "converse", "batch"])
+@pytest.mark.filterwarnings("error:Error in stream_executor")
+def test_a_refused_choice_is_a_sentence(run, name):
+    with pytest.raises(Refused) as ended:
+        run(name, "--custom-params", '{"kv_policy": "best"}')
+    status, said = ended.value.args
+    assert status == 2 and said.count("\n") == 1 and "custom_params.kv_policy is 'best'; it must be" in said
 
 
-def test_no_server_is_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["choose", "--server", "http://127.0.0.1:9"])
-    with pytest.raises(SystemExit, match="make serve"):
-        runpy.run_module("examples.frontend.choose", run_name="__main__")
+def test_a_refusal_in_the_stream_is_a_sentence(run):
+    """Which SGLang's client takes for an answer."""
+    with pytest.raises(Refused) as ended:
+        run("converse", "--questions", "x " * 20_000)
+    status, said = ended.value.args
+    assert status == 2 and said.count("\n") == 1 and "the server's log says more" in said
+
+
+def test_a_jpeg_is_sent_too(run, tmp_path):
+    """SGLang's own backend sends it such that the server takes it for a path."""
+    with Image.open(PICTURE) as picture:
+        picture.convert("RGB").save(tmp_path / "a.jpg", quality=98)
+    lines = run("converse", "--picture", str(tmp_path / "a.jpg")).splitlines()
+    assert lines[1] == " the digit is cyan 1"
+    best, *_ = run("choose", "--colour", "orange", "--picture", str(tmp_path / "a.jpg")).splitlines()
+    assert best.startswith("* 2 ")
 
 
 @sgl.function

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
 import json
 import random
+import re
+import struct
 import subprocess
 import sys
 import threading
@@ -24,12 +27,18 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from sglang_vlkv.inspect import Problem, media, page, png
+from examples.frontend.converse import main as converse
+from examples.video_chat.make_clip import CLIP as WIDE_CLIP
+from examples.video_chat.terminal import main as terminal
+from sglang_vlkv.commands import Problem, media
+from sglang_vlkv.inspect import page, png
 from sglang_vlkv.inspect.__main__ import main
 from sglang_vlkv.inspect.ask import Answer, ask, expanded
-from sglang_vlkv.inspect.heat import ALL, DIM, TINT, Choice, Kept, colours, paint
+from sglang_vlkv.inspect.heat import ALL, DIM, TINT, Choice, Kept, colours, paint, unreadable
 from sglang_vlkv.inspect.subject import Subject
+from sglang_vlkv.printable import printable
 from sglang_vlkv.tinyvlm import tasks
+from sglang_vlkv.tinyvlm.ask import main as tinyvlm_ask
 from tests.prompts import CLIP, picture
 from tests.serving import ROOT
 
@@ -312,10 +321,30 @@ def test_spans_and_grids_of_items():
     assert [*map(lambda s: s["grid"], spans_of([7] * 4 + [8] + [7] * 4, one, two, one))] == [[2, 1, 2]] * 2
     adjacent = spans_of([1, *[7] * 8], one, one)
     assert [visual["spans"] for visual in adjacent] == [[[1, 5]], [[5, 9]]]
-    for data in ({}, {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}, {"image_grid_thw": grid + 1}):
+    several = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 8, 2]])
+    wrong = [several, grid + 1, -grid, grid * 0, several[:, :2], torch.empty(0, 3)]
+    for data in ({}, *({"image_grid_thw": one} for one in wrong)):
         [unknown] = spans_of([5, 7, 7, 7, 7], item("IMAGE", (7,), **data))
         assert unknown == {"modality": "image", "spans": [[1, 5]], "grid": None}
     assert spans_of([1, 2, 3], one) == []
+
+
+def test_an_item_that_holds_several_pictures():
+    """As clients that embed pictures themselves send them: each is a picture of its own, wherever it stands."""
+    grids = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 8, 2]])
+    ids = [1, *[7] * 6, 2, 3, *[7], *[7] * 4, 4]
+    expected = [
+        {"modality": "image", "spans": [[1, 7]], "grid": [1, 2, 3]},
+        {"modality": "image", "spans": [[9, 10]], "grid": [1, 1, 1]},
+        {"modality": "image", "spans": [[10, 14]], "grid": [1, 4, 1]},
+    ]
+    for stated in (grids, grids.tolist(), grids[None]):
+        assert spans_of(ids, item("IMAGE", (7,), image_grid_thw=stated)) == expected
+    frames = torch.tensor([[2, 4, 6], [1, 2, 2]])
+    films = spans_of([*[8, 9] * 6, 1, 8], item("VIDEO", (8, 9), video_grid_thw=frames))
+    assert [(film["spans"], film["grid"]) for film in films] == [([[0, 12]], [2, 2, 3]), ([[13, 14]], [1, 1, 1])]
+    twice = item("IMAGE", (7,), image_grid_thw=grids[:2])
+    assert [one["grid"] for one in spans_of([7] * 14, twice, twice)] == [[1, 2, 3], [1, 1, 1]] * 2
 
 
 def test_ids_that_hold_one_placeholder_for_a_span():
@@ -390,9 +419,11 @@ def test_the_heat_is_where_the_answer_is(trained):
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
     """Exit code and what is written, of the command in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, arguments)])
-    return ended.value.code, *capsys.readouterr()
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as ended:
+        status = ended.code
+    return status, *capsys.readouterr()
 
 
 def test_the_command(any_policy, tmp_path):
@@ -418,11 +449,95 @@ def test_the_command(any_policy, tmp_path):
     assert Image.open(tmp_path / "a.b.png").width == 1600
 
 
-def test_a_prompt_that_was_left_alone(any_policy, tmp_path, capsys):
-    options = ("--url", any_policy.url, "--image", DIGITS, "--question", "red?", "--max-tokens", "4")
-    code, out, err = run(capsys, *options, "--out", tmp_path / "x")
-    assert code == 1 and out.startswith("answer: ") and not list(tmp_path.iterdir())
-    assert err == "Nothing to draw: the prompt was left alone, the budget keeps every row.\n"
+@pytest.mark.parametrize("file, kind, grid", [(DIGITS, "image", (1, 16, 16)), (CLIP, "video", (4, 12, 12))])
+def test_a_prompt_that_was_left_alone(any_policy, tmp_path, capsys, file, kind, grid):
+    """It says why, and draws all of it as kept."""
+    options = ("--url", any_policy.url, f"--{kind}", file, "--question", "red?", "--max-tokens", "4")
+    code, out, err = run(capsys, *options, "--out", tmp_path / "x", "--layer", "2")
+    assert (code, err) == (1, "") and out.startswith("answer: ")
+    assert re.fullmatch(r"left alone: the budget keeps every row, kept all \d+ tokens", out.splitlines()[1])
+    data = json.loads(Outline((tmp_path / "x.html").read_text()).texts["script"][0])
+    assert data["alone"] and (data["rows"], data["sparsity"], data["layer"]) == (None, None, None)
+    [visual] = data["visuals"]
+    assert tuple(visual["grid"]) == grid and len(visual["pictures"]) == grid[0]
+    drawing, whole = np.asarray(Image.open(tmp_path / "x.png")), np.ones(grid[1:])
+    shown = (media.image if kind == "image" else media.video)(file).frames(grid[0])
+    assert appears(drawing, 48, paint(scaled(shown[0], 752 if kind == "image" else 358), whole))
+
+
+def left_alone(question: str = NASTY) -> Subject:
+    report = made_up().report
+    report = {name: report[name] for name in ("prompt_tokens", "visual")} | {"policy": "none", "reason": NASTY}
+    subject = made_up_subject(question=question)
+    return Subject(subject.answer._replace(report=report), Kept(report), subject.pictures)
+
+
+def test_the_page_of_a_prompt_that_was_left_alone(driver, tmp_path):
+    """Nothing to choose, nothing dropped, nothing about layers."""
+    (tmp_path / "page.html").write_text(page.render(left_alone()), encoding="utf-8")
+    driver.get(f"file://{tmp_path}/page.html")
+    WebDriverWait(driver, 30).until(lambda d: d.execute_script("return document.body.dataset.ready"))
+    for name in ("layer", "head", "budget"):
+        assert not driver.find_element(By.ID, name).is_displayed()
+    assert driver.find_element(By.ID, "strength").is_displayed()
+    assert f"left alone: {NASTY}" in [one.text for one in driver.find_elements(By.CSS_SELECTOR, "#facts li")]
+    titles = [one.text for one in driver.find_elements(By.CSS_SELECTOR, "#visuals h2")]
+    assert titles == ["image 1: keeps 28 of 28 tokens", "video 1: keeps 18 of 18 tokens", "image 2: keeps 10 of 10 tokens"]
+    assert len(driver.find_elements(By.CSS_SELECTOR, "canvas.heat")) == 4 and not driver.find_elements(By.CLASS_NAME, "layers")
+    driver.find_element(By.CSS_SELECTOR, "canvas.heat").send_keys(Keys.ARROW_RIGHT)
+    told = driver.find_element(By.ID, "readout").text
+    assert told == "image 1, row 0, column 1, position 4: kept, as all are"
+    assert not driver.get_log("browser")
+
+
+CONTROLS = "a\x1b]0;T\x07\x9b31m\u202eb\u2066\u2028c\x7f\x00"
+
+
+def test_what_others_wrote_is_drawn_with_its_control_characters_escaped(tmp_path):
+    """The prompt, the answer, options and reasons, in the picture and in the page; markup is text."""
+    subject = made_up_subject(question=CONTROLS)
+    tokens = [CONTROLS, *subject.answer.tokens[1:]]
+    report = subject.kept.report | {"policy": CONTROLS, "config": f"<b>{CONTROLS}"}
+    for visual in report["visual"]:
+        visual["modality"] = f"{CONTROLS}<i>"
+    subject = Subject(Answer(CONTROLS, f"<u>{CONTROLS}\n", report, tokens), Kept(report), subject.pictures)
+    escaped = printable(CONTROLS)
+    for one in (subject, left_alone(CONTROLS)):
+        text = page.render(one)
+        assert not [char for char in CONTROLS if char not in "abcT]0;31m" and char in text]
+        assert escaped in Outline(text).texts["h1"]
+    seen = Outline(page.render(subject))
+    assert f"<b>{escaped}" in seen.texts["p"] and f"policy {escaped}" in seen.texts["li"]
+    data = json.loads(seen.texts["script"][0])
+    assert data["tokens"][0] == escaped and data["visuals"][0]["name"] == f"{escaped}<i> 1"
+    plain = Answer(escaped, f"<u>{escaped}", {}, [escaped, *tokens[1:]])
+    calm = json.loads(json.dumps(report).replace(json.dumps(CONTROLS)[1:-1], json.dumps(escaped)[1:-1]))
+    calm = Subject(plain._replace(report=calm), Kept(calm), subject.pictures)
+    font = png.load_font(None)
+    assert png.draw(subject, font) == png.draw(calm, font)
+
+
+def test_a_report_that_is_none_of_ours_is_named():
+    """By the field that is wrong."""
+    whole = made_up().report
+    assert unreadable(whole) is None and unreadable(left_alone().kept.report) is None
+    for name in ("policy", "prompt_tokens", "visual", "positions", "kept_per_layer", "config", "kept_bytes"):
+        rest = {key: value for key, value in whole.items() if key != name}
+        assert unreadable(rest) == ("reason" if name == "positions" else name)
+        assert unreadable(whole | {name: -1}) == name
+    n = whole["prompt_tokens"]
+    heads = whole["positions"]
+    for name, value in [
+        ("prompt_tokens", 0), ("prompt_tokens", 2**40), ("positions", []), ("positions", [[]] * LAYERS),
+        ("positions", [[[n]] * HEADS] * LAYERS), ("positions", [heads[0], heads[1], heads[2][:1]]),
+        ("kept_per_layer", [1]), ("sparsity_per_layer", [0.5]), ("sparsity_per_layer", ["a"] * LAYERS),
+        ("visual", [3]), ("visual", [{"modality": "image", "spans": [[3, n + 1]], "grid": None}]),
+        ("visual", [{"modality": "image", "spans": [], "grid": None}]),
+        ("visual", [{"modality": "image", "spans": [[3, 31]], "grid": [1, 4, 8]}]),
+        ("visual", [{"modality": "image", "spans": [[31, 3]], "grid": None}]),
+    ]:  # fmt: skip
+        assert unreadable(whole | {name: value}), (name, value)
+    assert [unreadable(one) for one in (None, [], "a", {})] == ["object", "object", "object", "policy"]
 
 
 class NotSglang(BaseHTTPRequestHandler):
@@ -454,10 +569,10 @@ def test_mistakes(any_policy, stock, not_sglang, tmp_path, capsys):
     mine, ours = ("--url", any_policy.url), ("--kv-policy", "vlcache", "--max-tokens", "4")
     digits = ("--image", DIGITS)
     for options, said in [
-        (("--url", "http://127.0.0.1:9", *digits), "No server answers at http://127.0.0.1:9 ([Errno"),
-        (("--url", "localhost:9", *digits), "No server answers at localhost:9 (unknown url type"),
+        (("--url", "http://127.0.0.1:9", *digits), "No server answers at http://127.0.0.1:9 (Connection refused)"),
+        (("--url", "localhost:9", *digits), "'localhost:9' is not the URL of a server"),
         (("--url", not_sglang, *digits), "does not answer as SGLang does: {'choices': []}"),
-        (("--url", f"{not_sglang}/html", *digits), "/html does not answer as SGLang does: "),
+        (("--url", f"{not_sglang}/html", *digits), "/html does not answer as SGLang does: <html>"),
         (("--url", f"{not_sglang}/locked", *digits), "/locked answers HTTP 401: Unauthorized"),
         (("--url", f"{not_sglang}/locked", "--api-key", "secret", *digits), "{'choices': []}"),
         (("--url", stock.url, *digits), "reports nothing about its KV cache; start it with --kv-policy"),
@@ -465,10 +580,11 @@ def test_mistakes(any_policy, stock, not_sglang, tmp_path, capsys):
         ((*mine, *digits, "--kv-policy-config", "{"), "--kv-policy-config is not valid JSON"),
         ((*mine, *digits, *ours, "--layer", "4"), "--layer is 4; this model has 0 to 3."),
         ((*mine, *digits, *ours, "--head", "-1"), "--head is -1; this model has 0 to 1."),
-        ((*mine, *digits, *ours, "--out", tmp_path / "no" / "x"), "x.png cannot be written: No such file"),
+        ((*mine, *digits, *ours, "--out", tmp_path / "no" / "x"), "x.png cannot be written: there is no folder"),
+        ((*mine, *digits, *ours, "--kv-budget", "nan"), "--kv-budget: 'nan' is not a number above 0 and at most 1"),
         ((*mine, *digits, "--font", broken), "broken.png cannot be read as a font"),
         ((*mine, "--image", tmp_path / "none.png"), "none.png cannot be read: No such file or directory."),
-        ((*mine, "--image", broken), "broken.png cannot be read as a picture"),
+        ((*mine, "--image", broken), "broken.png cannot be read as a picture: it is of no known kind."),
         ((*mine, "--video", broken), "broken.png cannot be read as a video"),
     ]:
         code, out, err = run(capsys, "--question", "red?", *options)
@@ -479,14 +595,99 @@ def test_mistakes(any_policy, stock, not_sglang, tmp_path, capsys):
     assert "--image FILE or --video FILE" in capsys.readouterr().err
 
 
-def test_a_picture_is_sent_as_it_is_drawn(tmp_path):
-    """A camera's turned picture goes upright; any other as the file it is."""
-    shown = picture(random.Random(2), 60, 40)
+STRANGE = {  # what a viewer shows otherwise than the server sees it -> words of the note, if it needs one
+    "turned.jpg": "viewers should turn it", "turned.png": "viewers should turn it", "turned.webp": "viewers should turn it",
+    "cmyk.jpg": "", "palette.png": "", "grey.png": "", "bits.png": "", "rgba.png": "", "plain.jpg": "",
+    "deep.png": "more than 8 bits", "clear.png": "transparent in part", "hole.png": "transparent in part",
+    "moving.gif": "3 pictures, of which the server sees the first", "moving.webp": "3 pictures",
+}  # fmt: skip
+
+
+def strange_picture(folder: Path, name: str, shown: Image.Image | None = None) -> Path:
+    """A file of a kind that programs read differently; ``shown`` is what a viewer shows, by default noise."""
+    rng = random.Random(2)
+    shown, path = shown or picture(rng, 60, 40), folder / name
     exif = Image.Exif()
     exif[media.ORIENTATION] = 6  # to be turned by a quarter
-    shown.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    turned = media.image(tmp_path / "turned.jpg")
-    assert turned.picture.size == (40, 60) and turned.url.startswith("data:image/png;base64,")
-    shown.save(tmp_path / "plain.jpg")
-    plain = media.image(tmp_path / "plain.jpg")
-    assert plain.url.startswith("data:image/jpeg;base64,") and plain.picture.size == (60, 40)
+    kind, frames = name.partition(".")[0], {"save_all": True, "append_images": [picture(rng, *shown.size) for _ in range(2)]}
+    lossless = {} if name.endswith("gif") else {"lossless": True} if name.endswith("webp") else {"quality": 95}
+    if kind == "turned":
+        shown.rotate(90, expand=True).save(path, exif=exif, **lossless)
+    elif kind == "moving":
+        shown.save(path, **frames, **lossless)
+    elif kind == "clear":
+        shown.quantize(200).save(path, transparency=3)
+    elif kind == "hole":
+        alpha = Image.new("L", shown.size, 255)
+        alpha.paste(0, (0, 0, shown.width // 2, shown.height))
+        shown.putalpha(alpha)
+        shown.save(path)
+    else:
+        modes = {"cmyk": "CMYK", "palette": "P", "grey": "LA", "bits": "1", "rgba": "RGBA", "deep": "I;16"}
+        mode = modes.get(kind, "RGB")
+        (shown.convert("L") if mode in ("I;16", "LA") else shown).convert(mode).save(path, **lossless)
+    return path
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_picture_is_drawn_as_the_server_sees_it(tmp_path, name):
+    """Its bytes are sent as they are, and what is drawn is what SGLang's own code makes of them."""
+    from sglang.srt.multimodal.modality import Modality
+    from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
+
+    path = strange_picture(tmp_path, name)
+    medium = media.image(path)
+    kind, _, sent = medium.url.partition(",")
+    assert base64.b64decode(sent) == path.read_bytes() and kind.endswith(";base64")
+    seen = BaseMultimodalProcessor._load_single_item(medium.url, Modality.IMAGE)
+    assert np.array_equal(np.asarray(seen), np.asarray(medium.picture))
+    assert [note for note in medium.notes if STRANGE[name] in note] if STRANGE[name] else not medium.notes
+    assert all(name in note for note in medium.notes)
+
+
+def turned_clip(path: Path) -> Path:
+    """The sample clip of two pictures, 8 tokens high and 16 wide, with a matrix that turns it by a quarter."""
+    data = bytearray(WIDE_CLIP.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_turned_video_is_drawn_as_the_server_sees_it(any_policy, tmp_path):
+    """Upright: here server and drawing read what turns it."""
+    plain, turned = media.video(WIDE_CLIP), media.video(turned_clip(tmp_path / "a.mp4"))
+    for film, grid in ((plain, (2, 8, 16)), (turned, (2, 16, 8))):
+        [seen] = Kept(ask(any_policy.url, [film], "red?", {"kv_policy": "vlcache"}, 2).report).visuals
+        assert seen.grid == grid and {frame.size for frame in film.frames(2)} == {(28 * grid[2], 28 * grid[1])}
+    upright = np.rot90(np.asarray(plain.frames(2)[0]), -1)
+    assert np.abs(upright.astype(int) - np.asarray(turned.frames(2)[0])).mean() < 1
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "cmyk.jpg", "clear.png", "moving.gif", "deep.png"])
+def test_all_tools_answer_alike(trained, tmp_path, capsys, name):
+    """About one file, what the API answers about its bytes; what differs for a person is said."""
+    [question] = tasks.draw("multi", seed=5).questions
+    with Image.open(DIGITS) as shown:
+        path = strange_picture(tmp_path, name, shown.convert("RGB"))
+    sent = {"type": "image_url", "image_url": {"url": media.data_url(path.read_bytes(), "image/png")}}
+    content = [sent, {"type": "text", "text": question.text}]
+    body = {"model": "m", "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": content}]}
+    answer = trained.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+    assert (answer == question.answer) == (name not in ("turned.jpg", "deep.png")), "as it lies in the file"
+    note = f"{name} " if STRANGE[name] else ""
+
+    def told(main, *arguments) -> str:
+        assert main([*map(str, arguments)]) == 0
+        out, err = capsys.readouterr()
+        assert f"{note}" in out + err and (note or not err)
+        return out
+
+    url, asked = ("--url", trained.url), ("--image", path, "--question", question.text)
+    inspected = told(main, *url, *asked, "--out", tmp_path / "x")
+    assert inspected.startswith(f"answer: {answer.strip()}\n")
+    assert f"answer   {answer}\n" in told(tinyvlm_ask, *url, *asked)
+    chat = ("--server", trained.url, "--image", path, "--max-tokens", "64", question.text)
+    assert f"> {question.text}\n{answer}\n[" in told(terminal, *chat)
+    program = ("--server", trained.url, "--picture", path, "--questions", question.text)
+    assert f"> {question.text}\n{answer}\n  [" in told(converse, *program)

@@ -15,16 +15,23 @@ import sys
 import termios
 import time
 from collections import Counter
+from urllib.parse import quote
 
 import orjson
 import pytest
+import requests
 from rich.console import Console
 
+from sglang_vlkv.commands import Problem
 from sglang_vlkv.monitor.feeds import LiveFeed, Replay
+from sglang_vlkv.monitor.lines import line
+from sglang_vlkv.monitor.messages import known
 from sglang_vlkv.monitor.state import State
-from sglang_vlkv.monitor.view import bars_of, line, pool_parts, resample, size_of, view
+from sglang_vlkv.monitor.view import pool_parts, view
+from sglang_vlkv.monitor.words import bars_of, resample, size_of
 from sglang_vlkv.observe.publisher import Publisher
-from tests.listening import of_kind
+from sglang_vlkv.printable import printable
+from tests.listening import attempts, of_kind
 from tests.prompts import draw_prompt
 from tests.serving import free_port, report
 
@@ -185,12 +192,128 @@ def test_bars_and_sizes():
     ]  # fmt: skip
 
 
+# ---- Strings that a client chose, or a server that means ill ----
+
+NASTY = "x\x1b]0;T\x07\x1b[31m\nFAKE 12:00:00 line\r\x9b2J\u202e\u2028\x7f"
+ORDERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029\u2066-\u2069]")  # all but ends of lines
+SERVER = {
+    "model": "m", "policy": "vlkv", "budget": 0.1, "options": {"twins": "off", "allow_override": True},
+    "replicas": 1, "started": 50.0, "twins": {"twins": 1, "hits": 2, "evictions": 3},
+}  # fmt: skip
+POOL = dict.fromkeys(("size", "free", "evictable", "twins", "twins_read", "slot_bytes", "running", "waiting"), 3)
+KINDS = {
+    "compacted": {
+        "rid": "a", "policy": "vlkv", "prompt_tokens": 300, "kept_per_layer": [30, 30], "sparsity_per_layer": [0.5, 1],
+        "kept_bytes": 100, "full_bytes": 1000, "shared": True,
+    },
+    "pass": {"requests": 1, "seconds": 0.1},
+    "twin_created": {"twin": 1, "rid": "a", "bytes": 3},
+    "twin_hit": {"twin": 1, "rid": "a", "prefix": "twin", "covered": 9, "prompt_tokens": 300},
+    "twin_evicted": {"twin": 1, "bytes": 3},
+    "flushed": {"twins": 3},
+    "deferred": {"rid": "a"},
+    "no_room": {"rid": "a"},
+    "released": {
+        "rid": "a", "policy": "none", "reason": "short_prompt", "outcome": "finished", "prefix": "cold",
+        "prompt_tokens": 30, "output_tokens": 4,
+    },
+    "pool": POOL,
+    "server": SERVER,
+}  # fmt: skip
+
+
+def told(messages: list[dict]) -> str:
+    """All that the monitor would ever show of them."""
+    state, lines = folded(*map(known, messages)), []
+    for each in messages:
+        lines.append(line(known(each)))
+    screens = [screen(state, width, height) for width, height in SIZES] if state.last is not None else []
+    return "\n".join([*filter(None, lines), *(line for lines in screens for line in lines)])
+
+
+def test_no_string_of_a_message_is_an_order_to_the_terminal():
+    """Every one of them, in every kind."""
+    for kind, fields in KINDS.items():
+        whole = message(5, kind, **fields)
+        for name, value in whole.items():
+            if not isinstance(value, str) or name == "kind":
+                continue
+            for nasty in (NASTY, "\x1b", "\n" * 99):
+                shown = told([message(4, "server", **SERVER), whole | {name: nasty}])
+                assert not ORDERS.search(shown), (kind, name)
+    server = SERVER | {"options": {"twins": NASTY, "allow_override": NASTY}, "model": f"a/{NASTY}/"}
+    shown = told([message(0, "server", **server), message(1, NASTY), message(2, schema=NASTY)])
+    assert not ORDERS.search(shown) and printable(NASTY)[:30] in shown
+    assert not ORDERS.search(told([message(2, schema=NASTY)]))
+    assert "\x1b" not in "".join(screen(State(), 80, 24)) and not ORDERS.search(told([]))
+
+
+WRONG = [None, True, -1, 0, 2**63, 2**200, 1.5, -0.5, 1e300, "", NASTY, [], [NASTY], [[]], {}, {"a": NASTY}, [0], [-1]]
+
+
+def test_messages_that_are_not_as_documented_are_counted_and_end_nothing():
+    """Each field of each kind missing, and of every wrong kind."""
+    for kind, fields in KINDS.items():
+        whole = message(5, kind, **fields)
+        assert known(whole) is whole
+        for name in whole:
+            wrong = [{key: value for key, value in whole.items() if key != name}]
+            wrong += [whole | {name: value} for value in WRONG]
+            for one in wrong:
+                shown = told([one, message(6, "server", **SERVER)])
+                assert not ORDERS.search(shown), one
+    for name in KINDS["compacted"]:
+        missing = message(5, "compacted", **KINDS["compacted"])
+        del missing[name]
+        assert folded(known(missing)).foreign == {"1, but not as it is documented": 1}
+    assert "of another schema" in screen(folded(message(0), known(missing)), 80, 24)[-1]
+
+
+def test_a_hostile_id_in_every_form_of_the_monitor(watched, tmp_path):
+    """Live, plain, recorded and replayed; a recording is exact, and as text it is no order either."""
+    recording = tmp_path / "events.jsonl"
+    picture = draw_prompt(96, "image").images
+    command = [*COMMAND, watched.address, "--plain", "--seconds", "600", "--record", str(recording)]
+    plain = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    with Terminal(watched.address, columns=140, lines=50) as terminal:
+        terminal.until("● live")
+        for _ in attempts("the first recorded message"):
+            time.sleep(0.05)
+            if recording.exists() and recording.read_bytes():
+                break
+        watched.server.generate("what", picture, max_new_tokens=2, rid=NASTY)
+        shown = terminal.until(re.escape(printable(NASTY)[:9]) + r"(.*)✓ finished")
+        assert "\x07" not in shown and "\x9b" not in shown and "\nFAKE" not in shown and "]0;T\x07" not in terminal.output
+        terminal.type("q")
+        terminal.ends_cleanly()
+    for _ in attempts("the end of the request, recorded"):
+        time.sleep(0.05)
+        ends = [each["message"] for each in lines_of(recording) if each["message"]["kind"] == "released"]
+        if NASTY in (each["rid"] for each in ends):
+            break
+    plain.send_signal(signal.SIGINT)
+    printed = plain.communicate(timeout=30)[0]
+    data = recording.read_bytes()
+    assert data.isascii() and not ORDERS.search(data.decode())
+    replayed = run("--replay", str(recording), "--speed", "0").stdout
+    once = run("--replay", str(recording), "--speed", "0", "--once").stdout
+    for text in (printed, replayed, once):
+        assert not ORDERS.search(text) and printable(NASTY)[:9] in text
+    assert f"{printable(NASTY)} finished" in printed and "\nFAKE" not in printed
+    found = watched.server.url + "/kv_policy/requests/" + quote(NASTY, safe="")
+    assert requests.get(found, timeout=10).status_code == 200, "the published id leads to its report"
+
+
+def lines_of(recording) -> list[dict]:
+    return [orjson.loads(each) for each in recording.read_bytes().split(b"\n")[:-1]]
+
+
 # ---- Feeds ----
 
 
 def test_all_replicas_are_found_from_the_first():
-    port = free_port()
-    made = [Publisher(f"tcp://127.0.0.1:{port + rank}", rank, lambda: {"replicas": 2}) for rank in (0, 1)]
+    port, server = free_port(), {**SERVER, "replicas": 2}
+    made = [Publisher(f"tcp://127.0.0.1:{port + rank}", rank, lambda: server) for rank in (0, 1)]
     feed, state = LiveFeed(f"tcp://*:{port}"), State()
     deadline = time.monotonic() + 20
     while len(state.replicas) < 2 and time.monotonic() < deadline:
@@ -213,7 +336,7 @@ def test_a_recording_that_was_cut_off_replays_up_to_there(tmp_path):
     feed = Replay(file, speed=0)
     assert [each["seq"] for _, each in feed.read(1.0)] == [0, 1]
     file.write_bytes(recorded(1)[:-9] + b"\n" + recorded(2))
-    with pytest.raises(ValueError, match="line 1: not a recorded message"):
+    with pytest.raises(Problem, match="line 1: not a recorded message"):
         Replay(file)
 
 
@@ -316,13 +439,18 @@ def test_in_a_pipe_it_prints_text(watched):
     assert replayed[-20:] == lines[-20:]
 
 
-def test_mistakes_are_a_sentence():
+def test_mistakes_are_a_sentence(tmp_path):
+    (tmp_path / "messages").write_bytes(b"no message\n\n")
     for arguments, said in {
         ("somewhere",): "the endpoint is 'somewhere'; it must be a port",
         ("--replay", "no/such/file"): "No such file",
-        ("--replay", "no/such/file", "--record", "other"): "give it without --replay",
+        ("--replay", str(tmp_path / "messages"), "--record", "other"): "give it without --replay",
+        ("--replay", str(tmp_path / "messages")): "line 1: not a recorded message",
+        ("--seconds", "nan", "--once"): "'nan' is not a finite number above 0",
+        ("--speed", "-1"): "'-1' is not a finite number of at least 0",
+        (f"ipc://{'x' * 200}", "--once"): "cannot be listened to: File name too long",
     }.items():
         done = run(*arguments)
-        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     nobody = run(str(free_port()), "--once", "--seconds", "0.5")
     assert nobody.returncode == 1 and "waiting for" in nobody.stdout

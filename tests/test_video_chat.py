@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import requests
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
 from examples.video_chat import client, make_clip
+from examples.video_chat import terminal as talking
 from tests.browser import App, Page
+from tests.servers import answering, hangs_up, sends
 from tests.serving import ROOT
 
 CLIP, PICTURE = make_clip.CLIP, ROOT / "examples" / "digits.png"
@@ -196,7 +201,7 @@ def test_wrong_and_large_files(page, tmp_path, app):
     page.open(PICTURE)
     assert not page.at("#problem").is_displayed()
     page.at("#files").send_keys(str(large))
-    used = len(client.data_url(PICTURE))
+    used = len(client.open_file(PICTURE).url)
     assert page.problem() == (
         "large.mp4 is too large: encoded it takes 0.4 MB, a conversation holds 0.5 MB, "
         f"and {used / 1e6:.1f} MB are in this one already."
@@ -273,4 +278,111 @@ def test_terminal(trained):
 )
 def test_terminal_mistakes(arguments, message):
     run = terminal(*arguments)
-    assert run.returncode == 1 and run.stderr.startswith(message)
+    assert run.returncode == 2 and run.stderr.startswith(message) and run.stderr.count("\n") == 1
+
+
+def test_a_mistake_ends_no_conversation(trained, tmp_path):
+    """What was typed wrong and what the server refuses is told, and what was said and opened stays."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(PICTURE.read_bytes()[:2000])
+    lines = [
+        f"/open {CLIP}", "which digit is red?", "/opne x", "/open", "/open nowhere.png", f"/open {broken}",
+        f"/open {ROOT / 'README.md'}", "/close", f"/open {PICTURE}", "x " * 20_000, "which digit is cyan?",
+        f"/open {CLIP}", "/drop", "which digit is teal?", "/etc/passwd is what?",
+    ]  # fmt: skip
+    run = terminal("--server", trained.url, "--max-tokens", "16", typed="\n".join(lines))
+    assert run.returncode == 2, "something was wrong"
+    said = run.stderr.splitlines()
+    assert [line[:24] for line in said] == [
+        "There is no /opne; write", "Which file? Write /open ", "nowhere.png cannot be re", f"{broken} cannot be"[:24],
+        "README.md is of type tex", "There is no /close; writ", "The server answers HTTP ",
+    ]  # fmt: skip
+    answers = [turn.splitlines() for turn in run.stdout.strip().split("\n\n")]
+    assert [answer[1].strip() for answer in answers[:1]] == ["the digit is red 4"]
+    assert answers[1][-2].strip() == "the digit is cyan 1", "with the picture that the refused question had"
+    assert answers[2][1].strip() == "the digit is teal 7" and answers[3][0] == "> /etc/passwd is what?"
+    prompts = [int(re.match(r"\[([\d,]+) prompt", answer[-1])[1].replace(",", "")) for answer in answers]
+    assert prompts[1] > 500 and prompts[1] < prompts[2] < prompts[1] + 40, "a refused question is no turn"
+
+
+def test_a_server_that_goes_away_ends_no_conversation(trained, app, relay, capsys):
+    """In the middle of an answer, before a report, or between two questions."""
+
+    async def talk() -> None:
+        conversation = talking.Conversation(app.server, max_tokens=16)
+        conversation.open(CLIP)
+        relay.events = 2
+        assert await talking.converse(conversation, ["tell all"]) == 1
+        relay.events = None
+        relay.down()
+        assert await talking.converse(conversation, ["which digit is red?"]) == 1
+        relay.up()
+        assert await talking.converse(conversation, ["which digit is red?", "which digit is teal?"]) == 0
+
+    asyncio.run(talk())
+    out, err = capsys.readouterr()
+    broke, gone = err.splitlines()
+    assert "broke in the middle of the answer" in broke and gone.startswith(f"No server answers at {app.server}")
+    assert " the digit is red 4\n" in out and " the digit is teal 7\n" in out
+
+
+def test_an_answer_whose_report_does_not_come_is_an_answer():
+    """The server ends once it has answered."""
+    chunks = [{"delta": {"content": "\x1b[31mred\n"}}, {"delta": {}, "finish_reason": "stop"}]
+    lines = [json.dumps({"id": "a/b", "choices": [{"index": 0} | chunk]}) for chunk in chunks]
+    stream = "".join(f"data: {line}\n\n" for line in [*lines, "[DONE]"])
+
+    def answer(handler) -> None:
+        if handler.command == "POST":
+            sends(stream.encode(), kind="text/event-stream")(handler)
+        else:
+            assert handler.path == "/kv_policy/requests/a%2Fb"
+            hangs_up(handler)
+
+    with answering(answer) as url:
+        run = terminal("--server", url, "red?")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == f"> red?\n\\x1b[31mred\n\n[{client.summary(None)}]\n\n"
+
+
+def test_a_summary_of_any_report_is_a_line():
+    whole = {
+        "policy": "vlkv", "prompt_tokens": 30, "prefix": {"kind": "cold", "tokens": 0}, "kept_per_layer": [3, 3],
+        "kept_per_modality": {"text": 0}, "kept_bytes": 1, "full_bytes": 10,
+    }  # fmt: skip
+    assert "vlkv kept 6 of 60 rows (0% text)" in client.summary(whole)
+    for name in whole:
+        for wrong in ({key: whole[key] for key in whole if key != name}, whole | {name: -1}, whole | {name: None}):
+            assert client.summary(wrong) == "a report that this version does not read", (name, wrong)
+    for wrong in ([], "a", 3, whole | {"prefix": {}}):
+        assert client.summary(wrong) == "a report that this version does not read"
+
+
+def test_the_page_shows_a_turned_picture_as_the_server_sees_it(page, tmp_path):
+    """A camera's picture lies as it does in the file."""
+    exif = Image.Exif()
+    exif[0x112] = 6
+    with Image.open(PICTURE) as shown:
+        shown.convert("RGB").crop((0, 0, 448, 224)).save(tmp_path / "turned.jpg", exif=exif)
+    page.open(tmp_path / "turned.jpg")
+    picture = page.at("#pending img")
+    page.wait(lambda: picture.get_property("naturalWidth"))
+    drawn = picture.rect
+    assert drawn["width"] == pytest.approx(2 * drawn["height"], rel=0.1)
+
+
+def test_the_app_reads_no_more_than_it_allows(app):
+    """Also of a body whose length nobody has told."""
+    sent = []
+
+    def pieces():
+        for _ in range(1000):
+            sent.append(1)
+            yield b"x" * 100_000
+
+    try:
+        answer = requests.post(app.url + "/chat", data=pieces(), timeout=30)
+        assert answer.status_code == 413
+    except requests.ConnectionError:
+        pass  # it hung up before all was sent
+    assert len(sent) < 1000

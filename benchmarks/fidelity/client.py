@@ -39,7 +39,7 @@ class Client:
         try:
             response = self._session().request(method, self.url + path, **options)
             said = response.json() if response.status_code == 200 else None
-        except requests.JSONDecodeError as error:
+        except (requests.JSONDecodeError, RecursionError) as error:
             raise Problem(f"{self.url} does not answer as SGLang does.") from error
         except requests.RequestException as error:
             raise Problem(f"{self.url} does not answer ({type(error).__name__}).") from error

@@ -22,7 +22,7 @@ from sglang.lang.interpreter import ProgramState
 
 from sglang_vlkv.commands import Problem, media, values
 from sglang_vlkv.commands.door import Parser
-from sglang_vlkv.commands.server import DEFAULT, START
+from sglang_vlkv.commands.server import DEFAULT, START, why
 from sglang_vlkv.language import Endpoint
 from sglang_vlkv.printable import printable
 
@@ -70,7 +70,7 @@ def connect(description: str, arguments: list[str] | None, **defaults) -> argpar
     try:
         backend = Endpoint(options.server, options.custom_params)
     except urllib.error.URLError as error:
-        raise Problem(f"No server answers at {options.server} ({error.reason}). {START}") from error
+        raise Problem(f"No server answers at {options.server} ({why(error)}). {START}") from error
     except (OSError, HTTPException, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise Problem(f"{options.server} does not answer as SGLang does: {_said(error)}") from error
     sgl.set_default_backend(backend)
@@ -88,7 +88,7 @@ def served() -> Iterator[None]:
         try:
             yield
         except (OSError, HTTPException) as error:
-            raise Problem(f"The server broke off before its answer was whole ({error}).") from error
+            raise Problem(f"The server broke off before its answer was whole ({why(error)}).") from error
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise Problem(f"The server does not answer: {_said(error)}") from error
 

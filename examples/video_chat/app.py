@@ -21,7 +21,7 @@ from fastapi.staticfiles import StaticFiles
 from examples.video_chat import client
 from sglang_vlkv.commands import Problem, values
 from sglang_vlkv.commands.door import Parser, command
-from sglang_vlkv.commands.server import DEFAULT
+from sglang_vlkv.commands.server import DEFAULT, why
 
 HERE = Path(__file__).parent
 SAMPLES = {path.name: path for path in (HERE / "digits.mp4", HERE.parent / "digits.png")}
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         listener = socket.create_server((options.host, options.port), family=family)
     except (OSError, UnicodeError) as error:
-        words = f"{options.host}, port {options.port}, cannot be listened on: {error}. Name others."
+        words = f"{options.host}, port {options.port}, cannot be listened on: {why(error)}. Name others."
         raise Problem(words) from error
     app = create_app(options.server, options.max_mb)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])

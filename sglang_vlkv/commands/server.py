@@ -30,9 +30,9 @@ def post(url: str, path: str, body: dict, api_key: str = "") -> object:
     except urllib.error.HTTPError as error:
         raise Problem(f"{url} answers HTTP {error.code}: {_refusal(error)}") from error
     except urllib.error.URLError as error:
-        raise Problem(f"No server answers at {url} ({error.reason}). {START}") from error
+        raise Problem(f"No server answers at {url} ({why(error)}). {START}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise Problem(f"{url} broke off before its answer was whole ({error}).") from error
+        raise Problem(f"{url} broke off before its answer was whole ({why(error)}).") from error
     try:
         return json.loads(said)
     except (ValueError, RecursionError) as error:
@@ -44,6 +44,12 @@ def _refusal(error: urllib.error.HTTPError) -> str:
         return message(error.read())
     except (OSError, http.client.HTTPException):
         return "and breaks off there"
+
+
+def why(error: Exception) -> str:
+    """What the system says of an error of the network, in its words alone."""
+    error = getattr(error, "reason", error)  # a URLError wraps what went wrong
+    return getattr(error, "strerror", None) or str(error)
 
 
 def message(body: bytes) -> str:

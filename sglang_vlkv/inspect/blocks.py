@@ -25,7 +25,7 @@ def blank(width: int, height: int) -> Image.Image:
 def paragraph(text: str, font: ImageFont.FreeTypeFont, colour: str = INK) -> Image.Image:
     """Wrapped at white space, and within words that are longer than a line."""
     lines, line = [], ""
-    for word in map(printable, text.split()):
+    for word in printable(text, keep="\n\t").split():
         while font.getlength(word) > WIDTH:
             fits = next(end for end in range(len(word), 0, -1) if font.getlength(word[:end]) <= WIDTH)
             lines += [line] * bool(line) + [word[:fits]]

@@ -48,8 +48,10 @@ class LiveFeed:
                 self._socket.connect(address)
                 self._connected.add(address)
         except ValueError as error:
+            self.close()
             raise Problem(f"{error}.") from error
         except zmq.ZMQError as error:
+            self.close()
             raise Problem(f"{self._address} cannot be listened to: {zmq.strerror(error.errno)}.") from error
 
     def read(self, seconds: float, most: int = 1000) -> Iterator[Received]:

@@ -46,7 +46,7 @@ def known(message: dict) -> dict:
 
 def is_ours(message: dict) -> bool:
     """Whether all is there that is read. Kinds that this version does not know may hold anything."""
-    if lacks(message, _HEAD | FIELDS.get(message.get("kind"), {})) is not None:
+    if lacks(message, _HEAD) is not None or lacks(message, FIELDS.get(message["kind"], {})) is not None:
         return False
     if not 0 <= message["time"] < LATEST:
         return False

@@ -34,8 +34,8 @@ BRING_DOWN_STOCK = {
     "completions/prompt ids", "completions/logprobs",
     "sampling/logit_bias 6",  # beside a sampled request: infinite logits have no distribution
 }  # fmt: skip
-# What is probably never answered; SGLang's next pause of mode "abort" then waits for ever, and all with it.
-HANG_STOCK = {"media/300 placeholders"}
+# What is never answered; SGLang's next pause of mode "abort" then waits for ever, and all with it.
+HANG_STOCK = {"media/300 placeholders", "media/a placeholder in the text"}
 SPARED = BRING_DOWN_STOCK | HANG_STOCK
 
 
@@ -146,6 +146,8 @@ def media() -> Iterator[Malformed]:
     yield asked("two pictures, one placeholder", image_data=[good, good])._replace(odd=True)
     two = user_turn("what", 2, False)
     yield asked("one picture, two placeholders", text=two, image_data=[good])._replace(odd=True)
+    literal = user_turn("what is <|image_pad|>?", 1, False)
+    yield asked("a placeholder in the text", text=literal, image_data=[good])._replace(odd=True)
     yield asked("300 placeholders", text=turn + "<|image_pad|>" * 300, image_data=[good])._replace(odd=True)
     yield asked("1500 vision_start", text="<|vision_start|>" * 1500, image_data=[good])._replace(odd=True)
     film = user_turn("what", 0, True)

@@ -45,6 +45,10 @@ def test_under_fire(specs, cases, tmp_path):
     assert report.summary(storm)["compacted"] > 60
 
 
+def test_what_is_spared_is_a_case():
+    assert SPARED <= {case.name for case in all_cases()}
+
+
 def strange(storm: Storm, cases: dict[str, Malformed]) -> dict[str, int]:
     """What malformed requests were answered that were not refused as they should have been."""
     sent = {e["case"]: e["status"] for e in storm.events if e["action"] == "malformed" and "status" in e}
