@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.vlcache import VLCache
 from sglang_vlkv.stages.layer import LayerScores
 from sglang_vlkv.stages.prompt import Modality, Prompt
@@ -160,3 +162,37 @@ def test_only_the_newest_turn_votes_where_asked():
     assert policy.num_voting(prompt_of((I, 50), (T, 100), last_turn=110)) == 40
     assert policy.num_voting(prompt_of((I, 50), (T, 100), last_turn=20)) == 100
     assert VLCache().num_voting(prompt_of((I, 50), (T, 100), last_turn=110)) == 100
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations: on a GPU, launches that the scheduler waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(sink_tokens=4), dict(quota=0.4), dict(modality_floors={"text": 1.0, "image": 0.2}, floors_share=0.6)],
+    ids=str,
+)
+def test_all_layers_have_the_tiers_of_each_in_no_more_operations(options):
+    policy = policies()["vlkv"](min_rows=4, **options)
+    random = torch.Generator().manual_seed(0)
+    num_layers, n = 12, PICTURE.num_tokens
+    scores, quota = torch.rand(2, num_layers, 3, n, generator=random).mul(8).floor()  # with ties
+    quota[:, :, ::7] = -torch.inf
+    kept = [1 + (n - 1) * layer // (num_layers - 1) for layer in range(num_layers)]
+    first, first_quota = scores[:1], quota[:1]
+    with Counted() as of_one:
+        tiers(policy, PICTURE, first, kept[:1], first_quota)
+    with Counted() as of_all:
+        together = tiers(policy, PICTURE, scores, kept, quota)
+    assert of_all.count == of_one.count
+    alone = [tiers(policy, PICTURE, *layer) for layer in zip(scores, kept, quota)]
+    assert torch.equal(together, torch.stack(alone)) and len(together.unique()) > 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 
 from sglang_vlkv.kernels import on_device
@@ -18,16 +20,29 @@ def tiers(
     policy: Policy,
     prompt: Prompt,
     scores: torch.Tensor,
-    num_kept: int,
+    num_kept: int | Sequence[int],
     quota_scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The tier of every key of a layer that keeps ``num_kept``, ``[H, n]`` int8.
+    """The tier of every key of a layer that keeps ``num_kept``, or of all layers, like ``scores``, int8.
 
     Args:
-        scores: ``[H, n]``.
-        quota_scores: ``[H, n]``; ``-inf`` where a key takes no part.
+        scores: ``[H, n]`` or ``[L, H, n]``.
+        num_kept: of the layer, or of each.
+        quota_scores: like ``scores``; ``-inf`` where a key takes no part.
     """
-    n, has_floors = scores.shape[1], False
+    *_, num_heads, n = scores.shape
+    kept = [num_kept] if isinstance(num_kept, int) else num_kept
+    recent = [policy.num_recent(count) for count in kept]
+    sinks = [min(policy.sink_tokens, count - newest) for count, newest in zip(kept, recent, strict=True)]
+    room = [
+        min(num_tokens(policy.floors_share, count), count - newest - first)
+        for count, newest, first in zip(kept, recent, sinks, strict=True)
+    ]
+    numbers = on_device([*kept, *recent, *sinks, *room], scores.device).view(4, -1, 1)
+    _, recent, sinks, _ = numbers  # [L, 1]
+    kept, _, _, room = numbers.repeat_interleave(num_heads, dim=1)  # [L * H, 1]
+
+    shape, scores, has_floors = scores.shape, scores.reshape(-1, n), False
     tier = torch.full_like(scores, REST, dtype=torch.int8)
     for members, fraction in policy.floors(prompt):
         members = members.nonzero().flatten().to(scores.device)
@@ -36,20 +51,19 @@ def tiers(
             has_floors = True
             all_alike = torch.zeros(len(members), dtype=torch.int8, device=scores.device)
             tier.scatter_(1, members[top_positions(scores[:, members], count, all_alike)], FLOOR)
-    num_recent = policy.num_recent(num_kept)
-    num_sinks = min(policy.sink_tokens, num_kept - num_recent)
-    tier[:, n - num_recent :] = RECENT
-    tier[:, :num_sinks] = RECENT
+    place = torch.arange(n, dtype=torch.int32, device=scores.device)
+    at_ends = (place < sinks.int()) | (place >= n - recent.int())  # [L, n]
+    tier.view(-1, num_heads, n).masked_fill_(at_ends[:, None], RECENT)
     if has_floors:
-        room = min(num_tokens(policy.floors_share, num_kept), num_kept - num_recent - num_sinks)
         over = rank(scores.masked_fill(tier != FLOOR, -torch.inf)) >= room
         tier.masked_fill_((tier == FLOOR) & over, REST)
     if quota_scores is not None and policy.quota:
-        left = num_kept - (tier < QUOTA).sum(1, keepdim=True)
+        quota_scores = quota_scores.reshape(-1, n)
+        left = kept - (tier < QUOTA).sum(1, keepdim=True)
         open_to = (tier == REST) & (quota_scores > -torch.inf)
         best = rank(quota_scores.masked_fill(~open_to, -torch.inf))
         tier.masked_fill_(open_to & (best < (policy.quota * left.double()).round()), QUOTA)
-    return tier
+    return tier.view(shape)
 
 
 def keep_pictures(
@@ -96,11 +110,16 @@ def select(
         sparsity, profiles: per layer, added over the tensor-parallel ranks.
     """
     budgets = policy.layer_budgets(sparsity or [0.0] * len(layers), prompt.num_tokens, profiles)
-    tier = [
-        tiers(policy, prompt, layer.scores, num_kept, layer.quota_scores)
-        for layer, num_kept in zip(layers, budgets, strict=True)
-    ]
-    scores, tier = torch.stack([layer.scores.float() for layer in layers]), torch.stack(tier)
+    scores = torch.stack([layer.scores.float() for layer in layers])
+    tier = tiers(policy, prompt, scores, budgets, _second_scores(layers))
     keep_pictures(policy, prompt, scores, tier, budgets)
     kept = select_rows(scores, tier, budgets)
     return Selection(list(kept.split(budgets, dim=1)), sparsity)
+
+
+def _second_scores(layers: list[LayerScores]) -> torch.Tensor | None:
+    """Those that quotas are filled by, ``[L, H, n]``: ``-inf`` where a layer has none, None where all have none."""
+    if all(layer.quota_scores is None for layer in layers):
+        return None
+    none = torch.full_like(layers[0].scores, -torch.inf)
+    return torch.stack([none if layer.quota_scores is None else layer.quota_scores for layer in layers])
