@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
 from PIL import Image
 
+from sglang_vlkv.options.config import build_settings
 from sglang_vlkv.policies import policies
 from sglang_vlkv.policies.vlcache import VLCache
+from sglang_vlkv.scheduler.planning import Planner
 from sglang_vlkv.stages.layer import LayerScores
 from sglang_vlkv.stages.pictures import own_rows, split
 from sglang_vlkv.stages.prompt import Modality, Prompt
 from sglang_vlkv.stages.select import select
+from sglang_vlkv.tinyvlm import tasks
 from tests.conversation import Conversation
 from tests.prompts import CLIP, picture
-from tests.serving import POSITIONS, ROOT, Server, report
+from tests.scrape import Scrape
+from tests.serving import POSITIONS, ROOT, Server, report, user_message
 
 T, P, V, S = Modality.TEXT, Modality.IMAGE, Modality.VIDEO, Modality.SYSTEM
 LAYERS, HEADS = 3, 2
@@ -155,9 +161,8 @@ def assert_as_told(seen: dict) -> None:
     for told, at in zip(seen["pictures"], seen["visual"], strict=True):
         own = {j for start, end in at["spans"] for j in range(start, end)}
         counts = [len(own & {*head}) for layer in seen["positions"] for head in layer]
-        assert told == {
-            "modality": at["modality"], "tokens": len(own), "rows": sum(counts), "least": min(counts)
-        }  # fmt: skip
+        expected = {"modality": at["modality"], "tokens": len(own), "rows": sum(counts), "least": min(counts)}
+        assert told == expected
 
 
 @pytest.mark.parametrize("talk", [7, 60])
@@ -204,8 +209,6 @@ def test_a_video_is_one_picture_and_a_new_turn_has_pictures_of_its_own(fleet):
 
 def test_a_picture_that_nobody_keeps_is_counted(fleet):
     """The share turned off by the request; more pictures than rows."""
-    from tests.scrape import Scrape
-
     server = fleet["fallback"]
     rng = random.Random(1)
     lost = {"kv_policy": "lookm", "kv_policy_config": {"picture_share": 0.0}}
@@ -224,3 +227,123 @@ def test_a_picture_that_nobody_keeps_is_counted(fleet):
     for name, count in (("lookm", unseen[0]), ("vlcache", unseen[1])):
         counted = [one("sglang_vlkv_unseen_pictures_total", policy=name) for one in (before, after)]
         assert counted[1] - counted[0] == count
+
+
+# ---- How it is asked ----
+
+
+def chat(server: Server, messages: list[dict], custom: dict, max_tokens: int = 4) -> tuple[str, dict]:
+    """The answer and its report."""
+    body = {
+        "model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0,
+        "custom_params": custom | POSITIONS, "return_meta_info": True,
+    }  # fmt: skip
+    choice = Server._checked(server.post("/v1/chat/completions", body))["choices"][0]
+    return choice["message"]["content"], choice["meta_info"]["kv_policy"]
+
+
+def parts(*content: Image.Image | str) -> dict:
+    """A user's message of pictures and text, in this order."""
+    texts = [{"type": "text", "text": part} if isinstance(part, str) else None for part in content]
+    images = [text or user_message("", [part])["content"][0] for text, part in zip(texts, content)]
+    return {"role": "user", "content": images}
+
+
+def behind(seen: dict) -> int:
+    """Prompt tokens behind the last picture."""
+    return seen["prompt_tokens"] - seen["visual"][-1]["spans"][-1][1]
+
+
+@pytest.mark.parametrize(
+    "content", [(QUESTION, DIGITS), (DIGITS, QUESTION, DIGITS), (TALK * 5 + QUESTION, DIGITS)]
+)
+def test_a_question_before_the_picture_lets_the_template_vote_alone(any_policy, content):
+    """Its own words cannot see the picture, and the picture's last tokens have nothing to ask."""
+    _, seen = chat(any_policy, [parts(*content)], {"kv_policy": "vlkv"})
+    assert seen["voting_rows"] == behind(seen) < 16
+    _, paper = chat(any_policy, [parts(*content)], {"kv_policy": "vlcache"})
+    assert paper["voting_rows"] == 16, "as its paper says"
+
+
+@pytest.mark.parametrize("content", [(DIGITS, "?"), ("look: ", DIGITS, "?"), (DIGITS,)])
+def test_whoever_asks_behind_the_picture_votes_as_ever(any_policy, content):
+    _, seen = chat(any_policy, [parts(*content)], {"kv_policy": "vlkv"})
+    asked = any(isinstance(part, str) for part in content[1:])
+    assert seen["voting_rows"] == (max(16, behind(seen)) if asked else behind(seen))
+
+
+@pytest.mark.parametrize("more", ["ok", "no digit was found there, look again"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_tools_answer_does_not_silence_the_question(any_policy, calls, more):
+    question = [parts(DIGITS, QUESTION)]
+    tools = [{"role": "assistant", "content": "zoom"}, {"role": "tool", "content": more}] * calls
+    _, before = chat(any_policy, question, {"kv_policy": "vlkv"})
+    _, seen = chat(any_policy, question + tools, {"kv_policy": "vlkv"})
+    assert seen["voting_rows"] == behind(seen) > behind(before) >= before["voting_rows"] - 16
+    told = [*question, {"role": "assistant", "content": "zoom"}, {"role": "user", "content": more}]
+    _, answered = chat(any_policy, told, {"kv_policy": "vlkv"})
+    assert answered["voting_rows"] < behind(answered), "a newer question silences it"
+
+
+def planned(turns: list[list[int]], user: list[int], tool: list[int]) -> int:
+    """Where the planner says that the newest turn begins; 90 ends a turn."""
+    ids = torch.tensor([token for turn in turns for token in turn])
+    planner = Planner(build_settings("vlkv"), 2, True, {80, 90}, {90}, user, tool)
+    return planner._last_turn(ids, (ids == 90).nonzero().flatten().tolist())
+
+
+def test_the_newest_turn_is_the_users():
+    """80 begins a message and 90 ends it; 7 is a line break, 1 2 the user, 3 4 the assistant, 5 a tool."""
+    system, user = [80, 9, 7, 6, 90], [7, 80, 1, 2, 7, 6, 6, 90]
+    reply, head = [7, 80, 3, 4, 7, 6, 90], [7, 80, 3, 4]
+    tool, wrapped = [7, 80, 5, 7, 6, 90], [7, 80, 1, 2, 7, 8, 6, 90]
+    assert planned([system, user, head], [1, 2], [8]) == 5
+    assert planned([user[1:], head], [1, 2], [8]) == 0
+    assert planned([system, user, reply, user, head], [1, 2], [8]) == 20
+    for answer in (tool, wrapped):
+        assert planned([system, user, reply, answer, head], [1, 2], [8]) == 5
+    assert planned([system, user, reply, tool, head], [], []) == 20, "no such role: the newest of all"
+    assert planned([[6, 6]], [1, 2], [8]) == 0
+
+
+# ---- Pictures that come again ----
+
+
+@pytest.fixture(scope="module")
+def answers(trained) -> dict[float, list[bool]]:
+    """By budget, which answers are right where each picture is sent three times."""
+    found = {}
+    for budget in (0.1, 0.2, 0.4):
+        jobs = []
+        for seed in range(8):
+            sample = tasks.draw("multi", seed)
+            jobs.append((parts(*sample.images * 3, sample.questions[0].text), sample.questions[0].answer))
+        custom = {"kv_policy": "vlkv", "kv_budget": budget}
+        with ThreadPoolExecutor(8) as pool:
+            told = list(pool.map(lambda job: chat(trained, [job[0]], custom, 40)[0], jobs))
+        found[budget] = [text == answer for text, (_, answer) in zip(told, jobs, strict=True)]
+    return found
+
+
+def test_more_budget_answers_no_worse(answers):
+    right = [sum(found) for found in answers.values()]
+    assert all(later >= earlier - 1 for earlier, later in pairwise(right)), right
+    assert sum(right) >= 22, right
+
+
+@pytest.mark.parametrize("order", ["turns", "between others"])
+def test_rows_of_a_picture_that_comes_again_go_to_its_newest_copy(any_policy, order):
+    other = picture(random.Random(4), 28 * 12, 28 * 12)
+    messages = [parts(DIGITS, other, DIGITS, QUESTION)]
+    if order == "turns":
+        reply = {"role": "assistant", "content": "1"}
+        messages = [parts(DIGITS, QUESTION), reply, parts(other, "and this?"), reply, parts(DIGITS, "again?")]
+    _, seen = chat(any_policy, messages, {"kv_policy": "vlkv"})
+    assert_as_told(seen)
+    first, second, newest = seen["pictures"]
+    heads = sum(len(layer) for layer in seen["positions"])
+    assert first["tokens"] == newest["tokens"] == 256
+    assert first["rows"] == heads and first["least"] == 1, "one that stands for it in each head"
+    assert newest["rows"] > 2 * heads and second["least"] >= 1
+    each = {"kv_policy": "vlkv", "kv_policy_config": {"repeats": "each"}}
+    assert chat(any_policy, messages, each)[1]["pictures"][0]["rows"] > heads
