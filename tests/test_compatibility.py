@@ -358,7 +358,8 @@ FOUND = {  # by name: parameters, with "=" where they need not be given; None wh
 }
 NOT_FOUND = (
     "pack.one.Base.other", "pack.one.Base.count", "pack.one.Point", "pack.three", "pack.gone",
-    "pack.stars.three", "other.thing", "pack.one.Alone.made", "pack.one.Alone.__init__", "pack.one.thing.inside",
+    "pack.stars.three", "other.thing", "pack.one.Alone.made", "pack.one.Alone.__init__",
+    "pack.one.thing.inside",
 )  # fmt: skip
 
 
@@ -468,12 +469,18 @@ def test_the_command_says_in_a_sentence_what_cannot_be_had(wheel, tmp_path):
     other = tmp_path / "other.whl"
     with zipfile.ZipFile(other, "w") as made:
         made.writestr("other-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    newer = tmp_path / "newer.whl"
+    with zipfile.ZipFile(newer, "w") as made:
+        made.writestr("sglang-9.dist-info/METADATA", "Metadata-Version: 2.1\nName: sglang\nVersion: 9\n")
+        made.writestr("sglang/srt/server_args.py", "no python of today")
+    python = f"Python {sys.version.split()[0]}: invalid syntax (<unknown>, line 1)"
     pip = "pip download says ERROR: No matching distribution found for sglang==0.5.98"
     for asked, words in {
         "0.5.98": f"SGLang 0.5.98 cannot be had: {pip}",
         "nowhere.whl": "nowhere.whl is neither a version nor a wheel that can be read",
         __file__: f"{__file__} is neither a version nor a wheel that can be read",
         str(other): f"{other} is not a wheel of SGLang",
+        str(newer): f"SGLang 9 cannot be read by {python}",
     }.items():
         run = ask(asked, wheels=wheel.parent)
         assert (run.returncode, run.stdout, run.stderr) == (2, "", words + "\n")

@@ -39,10 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
                 version, root = _opened(_download(asked, folder))
             else:
                 version, root = _opened(Path(asked))
+            return _check(version, Sources(root))
         except LookupError as error:
             print(error.args[0], file=sys.stderr)
-            return ABSENT
-        return _check(version, Sources(root))
+        except SyntaxError as error:
+            python = sys.version.split()[0]
+            print(f"SGLang {version} cannot be read by Python {python}: {error}", file=sys.stderr)
+        return ABSENT
 
 
 def _check(version: str, sources: Sources) -> int:
