@@ -355,6 +355,7 @@ def test_a_storm_finds_a_fault(fault, monkeypatch):
 
 def test_a_storm_of_padding_alone_proves_nothing(monkeypatch):
     monkeypatch.setattr(storm.Storm, "_admit", lambda self, kind: None)
+    monkeypatch.setattr(storm, "sizes", lambda clock: storm.Sizes(2, 3, 3, 20, 1))
     part = Part("storm", Deadline(60))
     storm.storming(part, CLOCK, TOY_QWEN)
     assert [check["ok"] for check in part.checks] == [False, True, False, False]
@@ -636,12 +637,7 @@ Run.cut_off(None)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=record.ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 3 and "cut off" in ended.stderr
-    for pid in ended.stdout.split():
-        stat = Path("/proc", pid, "stat")
-        deadline = time.monotonic() + 10
-        while stat.exists() and (state := stat.read_text().rpartition(")")[2].split()[0]) != "Z":
-            assert time.monotonic() < deadline, f"{pid} is still there, {state}"
-            time.sleep(0.05)
+    assert all(has_ended(pid) for pid in ended.stdout.split())
 
 
 def test_a_run_with_a_wrong_kernel_exits_with_1_and_a_later_one_remembers(monkeypatch, tmp_path, capsys):
@@ -1016,10 +1012,39 @@ def test_a_session_goes_on_after_a_step_that_crashes_or_hangs(tmp_path):
     }
     assert saved["good"]["output"] == "all is well\n" and "before it hung" in saved["hanging"]["output"]
     assert "all is well" in (out / "session.log").read_text()
-    stat = Path("/proc", child.read_text(), "stat")
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert has_ended(child.read_text())
     text = (out / "session.md").read_text()
     assert "| crashing | crashed: SIGSEGV |" in text and "Nothing was measured." in text
+
+
+def has_ended(pid: str, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    stat = Path("/proc", pid, "stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_session_that_is_ended_ends_its_step(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from benchmarks.gpu import session
+hanging = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+session.STEPS["storm"] = session.Step(50, command=(sys.executable, "-S", "-c", hanging))
+session.main(["--out", {str(tmp_path)!r}, "--steps", "storm"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=record.ROOT)
+    log, deadline = tmp_path / "session.log", time.monotonic() + 30
+    while not log.exists() or not log.read_text().split()[-1:] or not log.read_text().split()[-1].isdigit():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=20) == 143 and has_ended(log.read_text().split()[-1])
+    saved = json.loads((tmp_path / "session.json").read_text())["steps"]
+    assert saved["storm"]["state"] == session.RUNNING and saved["storm"]["ok"] is None
 
 
 def test_a_session_is_well_only_where_every_step_ran_and_every_goal_was_met(tmp_path):

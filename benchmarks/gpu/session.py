@@ -131,7 +131,8 @@ class Session:
             code, killed = process.wait(timeout=seconds), False
         except subprocess.TimeoutExpired:
             code, killed = None, True
-        end_group(process)
+        finally:
+            end_group(process)
         output = Path(log.name).read_bytes()[before:].decode(errors="replace")
         if code == FAILED and step.parts and not wrong_parts(self.out, step.parts):
             code = GOALS_OPEN  # what is wrong in the record was so before
@@ -257,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kit", type=Path, default=KIT, help="FlashInfer's and SGLang's kernels (build/gpu-kit)")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on the CPU, times mean nothing")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step in progress is ended
     session = Session(args.out.absolute(), args.seconds, args.kit.absolute(), args.rehearse)
     status = session.go(args.steps)
     print("\n".join(session.lines()))

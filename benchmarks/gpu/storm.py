@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(clock: Clock) -> Sizes:
-    return Sizes(2, 3, 14, 20, 1) if clock.small else Sizes(6, 32, 120, 600, 150)
+    return Sizes(2, 3, 20, 20, 1) if clock.small else Sizes(6, 32, 120, 600, 150)
 
 
 class Packed:
@@ -288,14 +288,13 @@ class Storm:
         self.device_rows.set(request.row, cells, request.sliding, request.first_own)
         self.did["set"] += 1
 
-    def _admit(self, kind: str) -> Request | None:
+    def _admit(self, kind: str) -> Request:
         layers, longest = self.model.layers, self.sizes.longest
         length = self.rng.randint(longest // 2, longest)
         packed, sliding = None, []
+        shares = [r.packed for r in self.places if r is not None and r.kind == COMPACTED]
+        kind = COMPACTED if kind == SHARED and not shares else kind
         if kind == SHARED:
-            shares = [r.packed for r in self.places if r is not None and r.kind == COMPACTED]
-            if not shares:
-                return None
             packed = self.rng.choice(shares)
             packed.users += 1
         elif kind != EXACT:

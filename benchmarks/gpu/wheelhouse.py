@@ -306,7 +306,8 @@ def main() -> None:
         if profile.prune:
             prune_all(Path(folder), args.kernels)
         wheels = sorted(Path(folder).glob("*.whl"))
-        free = shutil.disk_usage(args.out.parent).free
+        args.out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(args.out).free
         if free < 3 * (needed := sum(wheel.stat().st_size for wheel in wheels)):
             sys.exit(f"{needed / 1e9:.1f} GB of wheels need three times the room; {free / 1e9:.1f} GB are free")
         manifest = bundle(wheels, args.out, profile=args.profile, python=PYTHON, note=profile.note)
