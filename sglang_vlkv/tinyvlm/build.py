@@ -59,9 +59,6 @@ def build(
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    # Same proportions of time, height and width as Qwen2.5-VL ([16, 24, 24] of 64).
-    section_t = head_dim // 8
-    section_hw = (head_dim // 2 - section_t) // 2
     config = model_config(
         num_layers=num_layers,
         num_heads=num_heads,
@@ -70,7 +67,7 @@ def build(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         max_position_embeddings=max_position_embeddings,
-        mrope_section=[section_t, section_hw, section_hw],
+        mrope_section=_sections(head_dim),
         dtype=dtype,
     )
     weights = None
@@ -80,6 +77,12 @@ def build(
             attention_scale,
         )  # fmt: skip
     write_checkpoint(out_dir, config, weights)
+
+
+def _sections(head_dim: int) -> list[int]:
+    """Same proportions of time, height and width as Qwen2.5-VL ([16, 24, 24] of 64)."""
+    time = head_dim // 8
+    return [time, *[(head_dim // 2 - time) // 2] * 2]
 
 
 def _check(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> None:
