@@ -145,7 +145,8 @@ def run(workloads: dict, clients: int, max_new_tokens: int, rounds: int) -> dict
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m benchmarks.capacity", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    layout = RawDescriptionHelpFormatter
+    parser = Parser("python -m benchmarks.capacity", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="few requests, short answers: a smoke test")
     parser.add_argument("--clients", type=values.whole(), default=24)
     parser.add_argument("--max-new-tokens", type=values.whole(2), default=128)

@@ -181,7 +181,8 @@ def run(prompts: dict, rounds: int, max_new_tokens: int, dtype: str) -> dict:
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m benchmarks.decode_cpu", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    layout = RawDescriptionHelpFormatter
+    parser = Parser("python -m benchmarks.decode_cpu", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="two short prompts, one round: a smoke test")
     parser.add_argument("--rounds", type=values.whole(), default=3, help="cold requests per row and prompt")
     parser.add_argument("--max-new-tokens", type=values.whole(2), default=32)

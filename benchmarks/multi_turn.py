@@ -477,7 +477,8 @@ def run(rows: dict[str, Row], flags: list[str], rounds: int, workload: Workload)
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m benchmarks.multi_turn", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    layout = RawDescriptionHelpFormatter
+    parser = Parser("python -m benchmarks.multi_turn", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="two rows, few conversations: a smoke test")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help=f"in any case {STOCK}")
     parser.add_argument("--flag", action="append", default=[], help="for every server, as --flag=--NAME")

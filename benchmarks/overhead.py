@@ -179,7 +179,8 @@ def table(results: dict) -> str:
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m benchmarks.overhead", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    layout = RawDescriptionHelpFormatter
+    parser = Parser("python -m benchmarks.overhead", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="two rounds of few requests: a smoke test")
     parser.add_argument("--rounds", type=values.whole(), default=10)
     args = parser.parse_args(arguments)

@@ -104,7 +104,8 @@ def table(rows: dict) -> str:
 
 @command
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser("python -m benchmarks.policies_cpu", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    layout = RawDescriptionHelpFormatter
+    parser = Parser("python -m benchmarks.policies_cpu", description=__doc__, formatter_class=layout)
     parser.add_argument("--quick", action="store_true", help="one round: a smoke test")
     parser.add_argument("--rounds", type=values.whole(), default=5, help="cold requests per row and prompt")
     parser.add_argument("--max-new-tokens", type=values.whole(2), default=64)

@@ -137,7 +137,11 @@ def watch(find: Callable[[], Server], pool: int, recording: Path) -> Watched:
     server = find()
     server.flush()
     address, state, rng = events_of(server), State(), random.Random(7)
-    with Listener(address) as listener, recording.open("wb") as record, closing(LiveFeed(address, record)) as feed:
+    with (
+        Listener(address) as listener,
+        recording.open("wb") as record,
+        closing(LiveFeed(address, record)) as feed,
+    ):
         said = [("what is this", [picture(rng, 448, 448)]), ("and left of it", []), ("above", [])]
         _, answers = talk(server, said, None, lambda: evict_exact_kv(server, pool))
         asked = draw_prompt(3, "image").images

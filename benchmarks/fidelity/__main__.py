@@ -46,8 +46,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--rows", nargs="+", metavar="ROW", choices=[FULL, *DEFAULT["rows"]], help="default: all"
     )
     parser.add_argument(
-        "--budgets", nargs="+", type=values.share, help="fractions; default: 0.01 to 1 on the first checkpoint, "
-        "else 0.05, 0.1, 0.2, and fewer for rows with options",
+        "--budgets", nargs="+", type=values.share,
+        help="fractions; default: 0.01 to 1 on the first checkpoint, else 0.05, 0.1, 0.2, and fewer for rows "
+        "with options",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, metavar="TASK",

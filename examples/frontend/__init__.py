@@ -15,6 +15,7 @@ its backend (``sglang_vlkv.language``): ``program.run(..., backend=server.asking
 
 Of SGLang 0.5.23's ``RuntimeEndpoint``, with any server:
 
+- It sends a JPEG such that the server takes it for a path; ``sglang_vlkv.language.Endpoint`` does not.
 - A program takes one picture ("Only support one image"), and ``sgl.video`` does not work: it sends its
   frames in place of an image, which the server refuses.
 - ``sgl.select`` works with its default ``choices_method`` only: the two others trip over logprobs that

@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         for sample, state in zip(samples, answer.run_batch(asked, temperature=0), strict=True):
             line, said, wanted = report(state, "answer"), state["answer"], sample.questions[0].answer
             right += said == wanted
-            print(f"> {sample.questions[0].text}\n{shown(said)}{'' if said == wanted else f'  (it is{wanted})'}")
+            verdict = "" if said == wanted else f"  (it is{wanted})"
+            print(f"> {sample.questions[0].text}\n{shown(said)}{verdict}")
             print(f"  [{line}]")
     print(f"{right} of {len(samples)} right")
 

@@ -114,7 +114,8 @@ def typed() -> Iterator[str]:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 2 where anything could not be done."""
-    parser = Parser("python -m examples.video_chat.terminal", description="Talk about a video with a SGLang server.")
+    words = "Talk about a video with a SGLang server."
+    parser = Parser("python -m examples.video_chat.terminal", description=words)
     add = parser.add_argument
     add("questions", nargs="*", help="without any, they come from standard input")
     add("--server", type=values.server, default=DEFAULT)

@@ -111,7 +111,8 @@ def _decoder(path: Path):
     try:
         return VideoDecoder(str(path))
     except (RuntimeError, ValueError) as error:
-        raise Problem(f"{path} cannot be read as a video: {str(error).splitlines()[0].rstrip('.')}.") from error
+        words = str(error).splitlines()[0].rstrip(".")
+        raise Problem(f"{path} cannot be read as a video: {words}.") from error
 
 
 def data_url(data: bytes, kind: str) -> str:

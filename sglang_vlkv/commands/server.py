@@ -36,7 +36,8 @@ def post(url: str, path: str, body: dict, api_key: str = "") -> object:
     try:
         return json.loads(said)
     except (ValueError, RecursionError) as error:
-        raise Problem(f"{url} does not answer as SGLang does: {said[:100].decode(errors='replace')}") from error
+        words = said[:100].decode(errors="replace")
+        raise Problem(f"{url} does not answer as SGLang does: {words}") from error
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:

@@ -34,4 +34,5 @@ def lacks(value: object, kinds: dict[str, object]) -> str | None:
     it has them all."""
     if not isinstance(value, dict):
         return "object"
-    return next((name for name, kind in kinds.items() if name not in value or not fits(value[name], kind)), None)
+    wrong = (name for name, kind in kinds.items() if name not in value or not fits(value[name], kind))
+    return next(wrong, None)

@@ -108,7 +108,8 @@ def server(text: str) -> str:
         good = parts.scheme in ("http", "https") and parts.hostname.encode("idna") and parts.port != 0
     except (ValueError, AttributeError):  # no host
         good = False
-    if not good or not text.isascii() or not text.isprintable() or " " in text or parts.query or parts.fragment:
+    plain = text.isascii() and text.isprintable() and " " not in text
+    if not good or not plain or parts.query or parts.fragment:
         _refuse(text, "the URL of a server such as http://127.0.0.1:30000")
     return text.rstrip("/")
 

@@ -56,7 +56,8 @@ def ask(
     if report is None:
         raise Problem(f"{url} reports nothing about its KV cache; start it with --kv-policy.")
     if (field := unreadable(report)) is not None or not fits(ids, list[int]) or not fits(text, str):
-        raise Problem(f"{url} reports on its KV cache as no version does that this one reads: {field or 'ids'}.")
+        words = "reports on its KV cache as no version does that this one reads"
+        raise Problem(f"{url} {words}: {field or 'ids'}.")
     return Answer(question, text, report, _texts(url, expanded(ids, report), report, api_key))
 
 

@@ -50,11 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> Parser:
     parser = Parser("python -m sglang_vlkv.monitor", description=__doc__.partition(": ")[2])
     add = parser.add_argument
-    add("endpoint", nargs="?", type=_endpoint, default="5558", help="as in --kv-events-endpoint. Default: 5558")
+    where = "as in --kv-events-endpoint. Default: 5558"
+    add("endpoint", nargs="?", type=_endpoint, default="5558", help=where)
     add("--once", action="store_true", help="print what there is to see once, and end")
     add("--plain", action="store_true", help="a line per event; so it is where no terminal is")
     add("--seconds", type=values.positive, metavar="N", help="end after so long")
-    add("--record", type=values.new_file, metavar="FILE", help="write all messages there, a line of JSON each")
+    add("--record", type=values.new_file, metavar="FILE", help="write all messages there, as lines of JSON")
     add("--replay", type=values.file, metavar="FILE", help="show what --record wrote, without a server")
     add(
         "--speed", type=values.not_negative, default=1.0, metavar="X",

@@ -67,7 +67,7 @@ def build(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         max_position_embeddings=max_position_embeddings,
-        mrope_section=_mrope_section(head_dim),
+        mrope_section=_sections(head_dim),
         dtype=dtype,
     )
     weights = None
@@ -79,11 +79,10 @@ def build(
     write_checkpoint(out_dir, config, weights)
 
 
-def _mrope_section(head_dim: int) -> list[int]:
-    """In the proportions of time, height and width of Qwen2.5-VL ([16, 24, 24] of 64)."""
+def _sections(head_dim: int) -> list[int]:
+    """Same proportions of time, height and width as Qwen2.5-VL ([16, 24, 24] of 64)."""
     time = head_dim // 8
-    side = (head_dim // 2 - time) // 2
-    return [time, side, side]
+    return [time, *[(head_dim // 2 - time) // 2] * 2]
 
 
 def _check(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> None:
