@@ -94,7 +94,8 @@ class RaggedDeviceBackend:
         # [L, B, Hq, D], of the last replayed step; None where no request may leave its queries.
         self._replayed = None
         if sizes and leaves_queries():
-            self._replayed = self._zero_queries(pool.layer_num * max(sizes)).unflatten(0, (pool.layer_num, -1))
+            flat = self._zero_queries(pool.layer_num * max(sizes))
+            self._replayed = flat.unflatten(0, (pool.layer_num, -1))
         self._rows.graph_copies, self._capturing = self._replayed is not None, False
         self._lists: tuple[torch.Tensor, torch.Tensor] = ()
         self._chunks, self._drafting, self._extends = [], [], None

@@ -83,7 +83,8 @@ class Asked:
     @property
     def pages(self) -> str:
         size = self.cfg.page_size
-        return f"--page-size {size}" if self.gave("page_size") else f"the pages of {size} tokens that SGLang chose"
+        chosen = f"the pages of {size} tokens that SGLang chose"
+        return f"--page-size {size}" if self.gave("page_size") else chosen
 
     @property
     def kv_dtype(self) -> str:
@@ -127,7 +128,10 @@ class Asked:
         return bool(self.model.has_attention_sinks or capped or self._is_one_of(BEYOND_SOFTMAX))
 
     def _is_one_of(self, architectures: tuple[str, ...]) -> bool:
-        return not set(architectures).isdisjoint(self.model.hf_config.architectures or ())
+        """Whether the model, or its language model, is one of these."""
+        configs = self.model.hf_config, self.model.hf_text_config
+        named = {name for config in configs for name in getattr(config, "architectures", None) or ()}
+        return not named.isdisjoint(architectures)
 
     @property
     def labels(self) -> str:

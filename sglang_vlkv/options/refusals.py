@@ -373,7 +373,8 @@ def refuse(server_args, model_config) -> None:
     its = Asked(server_args, model_config)
     for refusal in REFUSALS:
         if refusal.holds(its):
-            asked, instead = (words.format(cfg=its.cfg, its=its) for words in (refusal.asked, refusal.instead))
+            words = refusal.asked, refusal.instead
+            asked, instead = (sentence.format(cfg=its.cfg, its=its) for sentence in words)
             raise ValueError(
                 f"--kv-policy cannot serve {asked}: {refusal.why}. {instead}, or use --kv-policy none."
             )
