@@ -43,19 +43,27 @@ class Reference:
         )
 
     @torch.no_grad()
-    def generate(self, prompt: Prompt, num_tokens: int, kept: list[list[list[int]]] | None = None):
+    def generate(
+        self,
+        prompt: Prompt,
+        num_tokens: int,
+        kept: list[list[list[int]]] | None = None,
+        said: list[int] | None = None,
+    ) -> dict:
         """A greedy answer in the form of ``/generate``.
 
         Args:
             kept: ``[layer][kv head]`` positions of the prompt that decoding may attend to.
+            said: the answer's tokens, if they are not to be the most likely ones.
         """
         inputs = self.inputs(prompt)
         length = inputs.input_ids.shape[1]
+        forced = said and (lambda _, ids: [said[len(ids) - length]])
         handles = self._restrict(kept, length) if kept else []
         try:
             out = self.model.generate(
                 **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False,
-                output_logits=True, return_dict_in_generate=True,
+                output_logits=True, return_dict_in_generate=True, prefix_allowed_tokens_fn=forced,
             )  # fmt: skip
         finally:
             for handle in handles:

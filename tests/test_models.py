@@ -126,7 +126,8 @@ class Served:
         self.stock.flush()
         batch = self.ask(self.stock, asked)
         deviation = max(largest_deviation(*both) for both in zip(self.expected, batch, strict=True))
-        print(f"{self.name}: largest logprob deviation of stock from itself: {deviation:.1e}, {self.rounding:.1e}")
+        print(f"{self.name}: largest logprob deviation of stock from itself: {deviation:.1e}")
+        print(f"{self.name}: rounding of a logprob: {self.rounding:.1e}")
         assert deviation < 16 * self.rounding
         self.tolerance = 4 * max(deviation, self.rounding)
 

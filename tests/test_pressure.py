@@ -12,11 +12,12 @@ import pytest
 import requests
 
 from sglang_vlkv.policies import policies
-from tests.equality import alike
+from tests.chaos.judge import COIN_TOSS
+from tests.equality import alike, assert_same
 from tests.listening import Listener, events_of
 from tests.prompts import Prompt, draw_prompt, picture, words
 from tests.scrape import Scrape
-from tests.serving import POSITIONS, Server, install_entry_point, report
+from tests.serving import POSITIONS, TOGETHER, Server, install_entry_point, interrupted, report
 
 VLCACHE = ("--kv-policy", "vlcache")
 
@@ -39,7 +40,7 @@ def peak_running(log: str) -> int:
 def tight():
     """A pool that three of the larger prompts fill; decoding may run it dry."""
     flags = ("--max-total-tokens", "2500", "--schedule-conservativeness", "0.01")
-    with Server(*flags, *VLCACHE) as server:
+    with Server(*flags, *VLCACHE, env=TOGETHER) as server:
         yield server
         assert_sound(server)
 
@@ -71,7 +72,7 @@ def test_a_burst_of_twenty_does_not_pile_up(tight):
     tight.flush()
     before = len(tight.log())
     bodies = [draw_prompt(seed, "image").body(48) for seed in range(200, 220)]
-    answers = tight.many(bodies)
+    answers = tight.together(bodies)
     log = tight.log()[before:]
     held = sum(report(answer)["prompt_tokens"] for answer in answers)
     assert held > 2 * 2500, "twenty full prompts would fit; the test sees nothing"
@@ -88,7 +89,7 @@ def test_retracted_requests_complete_and_select_again(tight):
         tight.flush()
         alone.append(tight.many([prompt.body(4, custom=POSITIONS)])[0])
     tight.flush()
-    crowd = tight.many([prompt.body(300, custom=POSITIONS, ignore_eos=False) for prompt in prompts])
+    crowd = tight.together([prompt.body(300, custom=POSITIONS, ignore_eos=False) for prompt in prompts])
     retracted = [answer for answer in crowd if report(answer)["retractions"]]
     assert "KV cache pool is full. Retract requests." in tight.log()
     assert retracted, "the pool never ran dry"
@@ -100,17 +101,22 @@ def test_retracted_requests_complete_and_select_again(tight):
 
 @pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
 def test_pause_and_continue(tight, mode):
-    bodies = [draw_prompt(seed, "image").body(200) for seed in range(6)]
-    with ThreadPoolExecutor(6) as pool:
-        answers = pool.map(lambda body: tight.post("/generate", body), bodies)
-        time.sleep(1.0)
+    bodies = [draw_prompt(seed, "image").body(200) | {"return_logprob": False} for seed in range(6)]
+
+    def interrupt() -> None:
         assert tight.post("/pause_generation", {"mode": mode}).status_code == 200
-        time.sleep(0.5)
+        tight.info()  # the scheduler answers in its turn, and has paused
         assert tight.post("/continue_generation", {}).status_code == 200
-        answers = list(answers)
+
+    answers = interrupted(tight, bodies, interrupt)
     assert_sound(tight)
-    if mode != "abort":
-        assert [a.json()["meta_info"]["completion_tokens"] for a in answers] == [200] * 6
+    reasons = [answer["meta_info"]["finish_reason"]["type"] for answer in answers]
+    if mode == "abort":
+        assert reasons == ["abort"] * 6
+    else:
+        assert reasons == ["length"] * 6
+        assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [200] * 6
+        assert [report(answer)["retractions"] > 0 for answer in answers] == [mode == "retract"] * 6
 
 
 CHOSEN = [name for name in policies() if name != "none"]
@@ -264,8 +270,8 @@ def test_without_room_for_its_rows_a_request_is_prefilled_again(tmp_path):
     assert sorted(put_back) == [f"homeless{i}" for i in range(len(prompts))]
     assert all(report(answer)["retractions"] == 1 for answer in answers)
     assert all(report(answer)["retractions"] == 0 for answer in undisturbed)
+    assert_same(undisturbed, answers, COIN_TOSS, "prefilled again")
     for one, other in zip(undisturbed, answers, strict=True):
-        assert one["output_ids"] == other["output_ids"]
         assert report(one)["kept_per_layer"] == report(other)["kept_per_layer"]
     assert "No room for the kept rows" in server.log()
     assert exported("sglang_vlkv_no_room_requests_total") == len(prompts)
