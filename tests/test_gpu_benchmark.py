@@ -1290,8 +1290,8 @@ with torch.inference_mode():
     pool = Pool(TOY_QWEN, 200, clock)
     residents = Residents(pool, Batch("b", (40, 24)), 1.0, False, 1)
     stock = engines.stock_engines(clock)[engines.SGLANG]
-    about = dict(sets=1, moved=1)
-    assert part.attempt_optional(engines.SGLANG, "x", decode._stock, clock, "c", engines.SGLANG, "", stock, residents, about), part.skipped
+    arguments = clock, "c", engines.SGLANG, "", stock, residents, dict(sets=1, moved=1)
+    assert part.attempt_optional(engines.SGLANG, "x", decode._stock, *arguments), part.skipped
     serving.run(part, clock)
 print(len(part.checks), all(check["ok"] for check in part.checks), len(part.rows), "not importable" in part.skipped[-1])
 """

@@ -52,9 +52,8 @@ class Profile(NamedTuple):
 def flashinfer_keeps(name: str) -> bool:
     """What importing FlashInfer, and compiling its paged decode and prefill (FA2), reads."""
     if name.startswith("flashinfer/data/"):
-        return name.removeprefix("flashinfer/data/").startswith(
-            ("include/", "cccl/libcudacxx/include/", "csrc/batch_decode", "csrc/batch_prefill", "csrc/tvm_ffi_utils.h")
-        )
+        sources = "csrc/batch_decode", "csrc/batch_prefill", "csrc/tvm_ffi_utils.h"
+        return name.removeprefix("flashinfer/data/").startswith(("include/", "cccl/libcudacxx/include/", *sources))
     if name.startswith("flashinfer/experimental/"):
         return name.count("/") == 2 or name.startswith("flashinfer/experimental/cake_nvfp4_per_token/")
     return name.startswith("flashinfer/") and not name.startswith("flashinfer/moe_ep/")
@@ -215,8 +214,8 @@ def prune(wheel: Path, kept: Callable[[str], bool], added: dict[str, bytes]) -> 
 
         for path in sorted(old.namelist()):
             if path == f"{before}METADATA":
-                text = old.read(path).decode()
-                add(f"{info}METADATA", text.replace(f"\nVersion: {version}\n", f"\nVersion: {version}{PRUNED}\n").encode())
+                line = f"\nVersion: {version}"
+                add(f"{info}METADATA", old.read(path).decode().replace(f"{line}\n", f"{line}{PRUNED}\n").encode())
             elif path.startswith(before):
                 if path not in (f"{before}RECORD", f"{before}entry_points.txt"):
                     add(path.replace(before, info), old.read(path))
