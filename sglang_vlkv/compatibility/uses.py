@@ -44,6 +44,7 @@ USES = {
     },
     "sglang.srt.configs.model_config": {
         "ModelConfig.get_total_num_kv_heads": "self ...",
+        "is_minimax_sparse": "config ...",
     },
     "sglang.srt.model_executor.cuda_graph_config": {
         "with_phase": "config phase *",
