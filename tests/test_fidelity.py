@@ -14,6 +14,7 @@ import pytest
 from benchmarks.fidelity import leaderboard, metrics, questions, rows, run, statistics
 from benchmarks.fidelity.__main__ import parse
 from benchmarks.fidelity.metrics import Answer
+from sglang_vlkv.commands import Problem
 from sglang_vlkv.options.config import build_settings
 from sglang_vlkv.policies import policies
 from sglang_vlkv.stages.prompt import num_tokens
@@ -272,7 +273,7 @@ def test_own_questions(tmp_path):
     jobs = {job.row for job in run.jobs(one, ["vlkv", "oracle", "text-only"], (0.1,), True)}
     assert jobs == {"vlkv", "text-only"}
     path.write_text('{"question": "Total?", "answer": "12"}\n')
-    with pytest.raises(ValueError, match="neither image"):
+    with pytest.raises(Problem, match="neither image"):
         questions.own(path)
 
 

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--server", type=values.server, default=DEFAULT, help="the SGLang server")
     add("--host", default="127.0.0.1")
     add("--port", type=values.port, default=8000)
-    add("--max-mb", type=values.whole(1, 100_000), default=64, help="most media of a conversation, encoded")
+    add("--max-mb", type=values.positive, default=64, help="most media of a conversation, encoded")
     options = parser.parse_args(arguments)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
