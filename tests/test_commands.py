@@ -197,7 +197,7 @@ LINES = {
     "examples.make_media": {"argument": ["x"]},
     "examples.video_chat.make_clip": {"argument": ["x"]},
     "examples.video_chat.app": {
-        "--port": ["0", "70000", "x", "-1"], "--max-mb": ["nan", "-1", "0", "inf"], "--server": NO_URL,
+        "--port": ["0", "70000", "x", "-1"], "--max-mb": ["nan", "-1", "0", "inf", "1e308"], "--server": NO_URL,
         "--host": ["no such host", "256.0.0.1", "a..b"],
     },
     "examples.video_chat.terminal": {

@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--server", type=values.server, default=DEFAULT, help="the SGLang server")
     add("--host", default="127.0.0.1")
     add("--port", type=values.port, default=8000)
-    add("--max-mb", type=values.positive, default=64, help="most media of a conversation, encoded")
+    size = values.number("a number above 0 and at most 100,000", lambda mb: 0 < mb <= 100_000)
+    add("--max-mb", type=size, default=64, help="most media of a conversation, encoded")
     options = parser.parse_args(arguments)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
