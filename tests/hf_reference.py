@@ -87,9 +87,11 @@ class Reference:
             for weight in weights:
                 sign = 2 * torch.randint(2, weight.shape, generator=generator) - 1
                 weight.mul_(1 + usual(weight.shape[-1]) * sign)
-            yield
-            for weight, old in zip(weights, before, strict=True):
-                weight.copy_(old)
+            try:
+                yield
+            finally:
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
 
     def _restrict(self, kept: list[list[list[int]]], length: int) -> list:
         """Masks, layer by layer and head by head, what decoding must not see of the prompt."""
